@@ -1,0 +1,76 @@
+"""`DecoderConfig`: everything that tells one decoder-only model from another."""
+
+import dataclasses
+from typing import Any, Literal
+
+LayerType = Literal["full", "sliding"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding.
+
+    Attributes:
+        theta: base of the frequencies.
+        interleaved: pairs are (0, 1), (2, 3), ... (Cohere) rather than (0, D/2), (1, D/2 + 1), ... (Llama).
+        kind: Hugging Face's `rope_type`: "default", "linear", "dynamic", "yarn", "longrope" or "llama3".
+        scaling: the other keys of Hugging Face's `rope_parameters`, sorted, lists as tuples.
+    """
+
+    theta: float = 10000.0
+    interleaved: bool = False
+    kind: str = "default"
+    scaling: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer. Hashable, so that it can be a static argument of jit.
+
+    Attributes:
+        vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim: dimensions.
+        max_context: the longest sequence, prompt and continuation together, in tokens.
+        layer_types: for each layer, attention to all earlier tokens ("full") or to the last `sliding_window`.
+        sliding_window: tokens that a "sliding" layer attends to, the current one included; None if there is none.
+        rope: rotary embedding; rope_on_full: whether "full" layers use it too.
+        norm: "rmsnorm", or "layernorm" without bias; norm_eps its epsilon.
+        parallel_block: attention and MLP read the same norm and are added together, rather than in sequence.
+        qk_norm: RMSNorm over each head's queries and keys.
+        attention_bias: bias of q, k, v; output_bias: of o; mlp_bias: of gate, up, down.
+        tie_embeddings: the output projection is the embedding.
+        logit_scale: factor on the logits.
+        bos_token_id, eos_token_ids, pad_token_id: from the checkpoint's config.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context: int
+    layer_types: tuple[LayerType, ...]
+    sliding_window: int | None = None
+    rope: RopeConfig = RopeConfig()
+    rope_on_full: bool = True
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-5
+    parallel_block: bool = False
+    qk_norm: bool = False
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = False
+    logit_scale: float = 1.0
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def window(self, layer: int) -> int | None:
+        """The attention window of a layer in tokens, or None if it attends to all."""
+        return self.sliding_window if self.layer_types[layer] == "sliding" else None
+
+    def uses_rope(self, layer: int) -> bool:
+        """Whether a layer rotates its queries and keys."""
+        return self.rope_on_full or self.layer_types[layer] == "sliding"

@@ -1,0 +1,1 @@
+"""The layers that decoders are made of."""

@@ -1,0 +1,35 @@
+"""A linear layer whose weight is a float array or a `W4Weight`."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pallas_kernels import W4Weight, w4a8_matmul, w4a16_matmul
+
+Scheme = Literal["bf16", "w4a8", "w4a16"]
+
+
+class Linear(nnx.Module):
+    """`y = x @ weight.T + bias`, with the weight [N, K] as Hugging Face stores it.
+
+    `weight` holds a float array, or a `W4Weight` once a quantized checkpoint is loaded; then `scheme` says whether
+    activations are quantized too ("w4a8") or only weights ("w4a16"). "bf16" stands for any float weight.
+    """
+
+    def __init__(self, k: int, n: int, *, use_bias: bool = False, param_dtype: Any = jnp.bfloat16, rngs: nnx.Rngs):
+        init = jax.nn.initializers.normal(0.02)
+        self.weight = nnx.Param(init(rngs.params(), (n, k), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((n,), param_dtype)) if use_bias else nnx.data(None)
+        self.scheme: Scheme = "bf16"
+
+    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
+        weight = self.weight.get_value()
+        if isinstance(weight, W4Weight):
+            matmul = {"w4a8": w4a8_matmul, "w4a16": w4a16_matmul}[self.scheme]
+            y = matmul(x, weight, out_dtype=x.dtype)
+        else:
+            y = x @ weight.astype(x.dtype).T
+        return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)

@@ -1,0 +1,33 @@
+"""Per-token FP8 quantization of activations."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .dequantize import E4M3_MAX, to_e4m3
+from .errors import W4A8Error
+
+# 1 / (448 * 512) rounded to fp32, as vLLM has it: a token of zeros, or of tiny values, is divided by this.
+MIN_SCALE = np.uint32(0x36924925).view(np.float32)
+
+
+def quantize_activations(x: Float[Array, "... K"]) -> tuple[Float[Array, "... K"], Float[Array, "... 1"]]:
+    """Quantizes each token (the last axis) to FP8.
+
+    Args:
+        x: [..., K], any float dtype; computed in fp32.
+
+    Returns:
+        x8: `float8_e4m3fn` [..., K], `e4m3(x / token_scale)`.
+        token_scale: fp32 [..., 1], `max(max|x| / 448, 1 / (448 * 512))`.
+
+    Raises:
+        W4A8Error: x is not floating point, or has no axis.
+
+    The definition is that of vLLM's `dynamic_per_token_scaled_fp8_quant` without an upper bound.
+    """
+    if x.ndim == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise W4A8Error(f"activations: expected a float array [..., K], found {x.dtype}{list(x.shape)}")
+    x = x.astype(jnp.float32)
+    token_scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True) / E4M3_MAX, MIN_SCALE)
+    return to_e4m3(x / token_scale), token_scale

@@ -36,7 +36,7 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         table: tuple[Array, Array],
         start: Int[Array, "B"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, "B"] | None,
         cache: LayerCache | None,
         fresh: bool,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
@@ -92,7 +92,7 @@ class Decoder(nnx.Module):
         """
         batch, steps = tokens.shape
         start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
-        if lengths is None:
+        if lengths is None and cache is not None:
             lengths = jnp.full((batch,), steps, jnp.int32)
         positions = start[:, None] + jnp.arange(steps, dtype=jnp.int32)
         config = self.config
@@ -103,7 +103,7 @@ class Decoder(nnx.Module):
             with jax.named_scope(f"layer_{i}"):
                 x, layer = block(x, table, start, lengths, cache and cache.layers[i], fresh)
             layers.append(layer)
-        return self.final_norm(x), cache and KVCache(tuple(layers), start + lengths)
+        return self.final_norm(x), None if cache is None else KVCache(tuple(layers), start + lengths)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """fp32 logits of final hidden states, [..., V]."""

@@ -4,11 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .dequantize import E4M3_MAX, to_e4m3
+from .dequantize import E4M3_MAX, divide, to_e4m3
 from .errors import W4A8Error
 
 # 1 / (448 * 512) rounded to fp32, as vLLM has it: a token of zeros, or of tiny values, is divided by this.
 MIN_SCALE = np.uint32(0x36924925).view(np.float32)
+
+
+def e4m3_unit(largest: Float[Array, "..."]) -> Float[Array, "..."]:
+    """fp32 `max(largest / 448, 1 / (448 * 512))`: the scale that brings `largest` to e4m3's maximum."""
+    return jnp.maximum(divide(largest, E4M3_MAX), MIN_SCALE)
 
 
 def quantize_activations(x: Float[Array, "... K"]) -> tuple[Float[Array, "... K"], Float[Array, "... 1"]]:
@@ -29,5 +34,5 @@ def quantize_activations(x: Float[Array, "... K"]) -> tuple[Float[Array, "... K"
     if x.ndim == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise W4A8Error(f"activations: expected a float array [..., K], found {x.dtype}{list(x.shape)}")
     x = x.astype(jnp.float32)
-    token_scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True) / E4M3_MAX, MIN_SCALE)
-    return to_e4m3(x / token_scale), token_scale
+    token_scale = e4m3_unit(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    return to_e4m3(divide(x, token_scale)), token_scale

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .activations import MIN_SCALE
-from .dequantize import E4M3_MAX, dequantize_lut, expand_groups, to_e4m3
+from .activations import e4m3_unit
+from .dequantize import dequantize_lut, divide, expand_groups, to_e4m3
 from .errors import W4A8Error
 
 GROUP_SIZE = 128
@@ -58,8 +58,8 @@ def convert_scales(scale: Float[Array, "... N G"]) -> tuple[Float[Array, "... N 
     The definition is what vLLM computes when it loads a W4A8 checkpoint.
     """
     scale = scale.astype(jnp.float32)
-    unit = jnp.maximum(jnp.max(jnp.abs(scale), axis=-1) / E4M3_MAX, MIN_SCALE)
-    group_scale = to_e4m3(to_e4m3(scale / unit[..., None]).astype(jnp.float32) / 8)
+    unit = e4m3_unit(jnp.max(jnp.abs(scale), axis=-1))
+    group_scale = to_e4m3(to_e4m3(divide(scale, unit[..., None])).astype(jnp.float32) / 8)
     return group_scale, 8 * unit
 
 

@@ -36,7 +36,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         table: tuple[Array, Array],
         start: Int[Array, "B"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, "B"] | None,
         cache: LayerCache | None,
         fresh: bool,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
@@ -46,7 +46,8 @@ class Attention(nnx.Module):
             x: [B, T, hidden].
             table: cosines and sines of `rope_table`.
             start: int32 [B], tokens already in the cache.
-            lengths: int32 [B], how many of the T tokens are real; the others are padding at the end.
+            lengths: int32 [B], how many of the T tokens are real; the others are padding at the end. None: all are;
+                only without a cache, where it spares the padding mask.
             cache: the layer's cache, or None to attend to the new tokens alone.
             fresh: the cache is known to be empty; static.
 
@@ -60,9 +61,11 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             q, k = (apply_rope(t, *table, interleaved=self.rope.interleaved) for t in (q, k))
-        if cache is None or fresh:
+        if cache is None or lengths is None:
             y = causal_attention(q, k, v, lengths, self.window)
-            cache = cache and cache.write(k, v, start, lengths)
+        elif fresh:
+            y = causal_attention(q, k, v, lengths, self.window)
+            cache = cache.write(k, v, start, lengths)
         elif steps == 1:
             # The ring holds just the window, and slots need no order, so lengths alone mask it.
             cache = cache.write(k, v, start, lengths)
@@ -78,7 +81,7 @@ def causal_attention(
     q: Float[Array, "B T N D"],
     k: Float[Array, "B T H D"],
     v: Float[Array, "B T H D"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, "B"] | None,
     window: int | None,
 ) -> Float[Array, "B T N D"]:
     """Attention of a sequence to itself; with a window, to the last `window` tokens, the current one included."""

@@ -1,0 +1,5 @@
+"""`python -m w4a8jax`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints in and out: safetensors, compressed-tensors, streamed tensor by tensor."""

@@ -1,0 +1,317 @@
+"""From a bf16 checkpoint to a W4A8 (or W4A16) one, tensor by tensor: never more than one weight in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels.errors import W4A8Error
+
+from ..checkpoints.compressed_tensors import (
+    DEFAULT_IGNORE,
+    EXPORT_GROUP_SIZE,
+    PACKED,
+    SCALE,
+    SHAPE,
+    Scheme,
+    build,
+    find,
+    is_ignored,
+    is_linear,
+    matches,
+    packed_specs,
+)
+from ..checkpoints.contents import BUFFERS, check_contents
+from ..checkpoints.plan import MAX_SHARD_BYTES
+from ..checkpoints.reader import CheckpointReader
+from ..checkpoints.safetensors_format import TensorInfo, TensorSpec, natural_key
+from ..checkpoints.servable import problems
+from ..checkpoints.writer import CheckpointWriter
+from .progress import QuantizationProgress
+from .summary import LayerSummary, QuantizationSummary
+
+SUMMARY = "quantization_summary.json"
+BF16 = np.dtype(ml_dtypes.bfloat16)
+_COPY_BYTES = 64 * 2**20
+_FLOATS = tuple(
+    map(np.dtype, (BF16, np.float16, np.float32, np.float64, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2))
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A source tensor and what becomes of it: quantized if `module` is set, else copied, for the `reason` given."""
+
+    info: TensorInfo
+    module: str | None
+    reason: str = ""
+
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The tensors written for it."""
+        if self.module is not None:
+            n, k = self.info.shape
+            return tuple(packed_specs(self.module, n, k))
+        dtype = BF16 if self.info.dtype in _FLOATS else self.info.dtype
+        return (TensorSpec(self.info.name, dtype, self.info.shape),)
+
+
+def quantize(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    scheme: Scheme = "w4a8",
+    numerics: Literal["lut", "exact"] = "lut",
+    code_min: int = -7,
+    ignore: Sequence[str] = (),
+    search: Literal["full", "fast", "none"] = "full",
+    overwrite: bool = False,
+    resume: bool = False,
+    allow_unservable: bool = False,
+    tensor_parallel: int = 1,
+    progress: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> QuantizationSummary:
+    """Quantizes the linear layers of a checkpoint to INT4 in groups of 128, by rounding to nearest.
+
+    Embeddings, output head, norms and routers stay as they are, in bf16. The result is a compressed-tensors checkpoint
+    that vLLM loads, with the tokenizer, generation config and chat template of the source. It appears under its name
+    only when whole.
+
+    Args:
+        src: checkpoint directory, or a Hugging Face Hub name.
+        dst: directory to make.
+        scheme: "w4a8" (FP8 activations) or "w4a16" (bf16 activations).
+        numerics: which kernel's arithmetic the scales are chosen for: vLLM's "lut" or "exact"; W4A16 is always exact.
+        code_min: lowest code, -7 (faster kernel) or -8.
+        ignore: further modules to leave in bf16: exact names, or "re:" and a regular expression for the name's start.
+        search: effort for the scales.
+        overwrite: replace an existing checkpoint `dst`, once the new one is whole.
+        resume: go on from where an interrupted run of the same job stopped.
+        allow_unservable: write it even if vLLM could not serve it.
+        tensor_parallel: the number of GPUs for which vLLM's shape rules are checked.
+        progress: show a progress bar.
+        max_shard_bytes: of the files written, and of what an interruption can cost.
+
+    Raises:
+        W4A8Error: the source is damaged, unknown, already quantized or has NaN or Inf; a layer's K is not a multiple
+            of 128; vLLM could not serve the result; `dst` exists; the disk is full.
+        KeyboardInterrupt: finished shards are kept for `resume`.
+    """
+    start = time.perf_counter()
+    _check_options(scheme, numerics, code_min, search)
+    numerics = "exact" if scheme == "w4a16" else numerics
+    reader = CheckpointReader(src)
+    target = Path(dst).expanduser()
+    if reader.path.resolve().is_relative_to(target.resolve()):
+        raise W4A8Error(f"{dst}: is or contains the source {src}; give another target")
+    _refuse_quantized(reader)
+    check_contents(reader.config, reader.tensors, str(reader.path))
+    items, buffers = select(reader.tensors, ignore)
+    config = quantized_config(reader.config, items, scheme, ignore)
+    planned = {spec.name: spec for item in items for spec in item.specs()}
+    if not allow_unservable and (found := problems(config, planned, tensor_parallel=tensor_parallel)):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise W4A8Error(f"vLLM could not serve the result: {found[0]}{more}; --allow-unservable writes it anyway")
+
+    skipped = {item.info.name: item.reason for item in items if item.module is None} | buffers
+    seconds = dict.fromkeys(("read", "quantize", "write", "check"), 0.0)
+    summary: dict[str, Any] = {
+        "source": str(src),
+        "target": str(dst),
+        "scheme": scheme,
+        "numerics": numerics,
+        "code_min": code_min,
+        "search": search,
+        "skipped": skipped,
+        "warnings": tuple(_warnings(reader, items)),
+        "parameters": sum(item.info.size for item in items),
+        "source_bytes": sum(item.info.nbytes for item in items),
+        "target_bytes": sum(spec.nbytes for spec in planned.values()),
+    }
+
+    def summarize(**more: Any) -> QuantizationSummary:
+        layers = tuple(LayerSummary.from_note(note) for note in writer.notes)
+        return QuantizationSummary(layers=layers, **summary, **more)
+
+    job = {
+        "source": reader.identity(),
+        "scheme": scheme,
+        "numerics": numerics,
+        "code_min": code_min,
+        "search": search,
+        "ignore": list(ignore),
+        "max_shard_bytes": max_shard_bytes,
+    }
+    with CheckpointWriter(
+        target,
+        [item.specs() for item in items],
+        config=config,
+        job=job,
+        sidecars={str(name): reader.path / name for name in reader.sidecars()},
+        extra={SUMMARY: lambda: summarize().record()},
+        overwrite=overwrite,
+        resume=resume,
+        max_shard_bytes=max_shard_bytes,
+    ) as writer:
+        by_first = {item.specs()[0].name: item for item in items}
+        todo = [by_first[unit[0].name] for unit in writer.remaining()]
+        with QuantizationProgress(progress, items, todo, summary["target_bytes"]) as bar:
+            for item in todo:
+                if item.module is None:
+                    _copy(reader, writer, item, seconds)
+                else:
+                    _quantize(reader, writer, item, seconds, numerics=numerics, code_min=code_min, search=search)
+                bar.done(item)
+            with _timed(seconds, "check"):
+                writer.finish(bar.checked)
+    seconds["total"] = time.perf_counter() - start
+    return summarize(seconds=seconds, resumed_shards=writer.resumed)
+
+
+def select(tensors: dict[str, TensorInfo], ignore: Sequence[str] = ()) -> tuple[list[Item], dict[str, str]]:
+    """Decides for each tensor of an unquantized checkpoint whether it is quantized.
+
+    Returns:
+        What is written, in order, and the tensors that are dropped with the reason.
+
+    Raises:
+        W4A8Error: a layer to be quantized has K % 128 != 0; experts are fused in 3-D tensors; a pattern of `ignore`
+            is no regular expression or matches no layer.
+    """
+    linear = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+    for pattern in ignore:
+        if not any(matches(module, pattern) for module in linear):
+            raise W4A8Error(f"--ignore {pattern!r}: matches no module; give an exact name, or re: and an expression")
+    items, dropped = [], {}
+    for name in sorted(tensors, key=natural_key):
+        info = tensors[name]
+        if name.endswith(BUFFERS):
+            dropped[name] = "dropped: recomputed from config.json"
+            continue
+        reason = _reason_to_copy(info, ignore)
+        if reason:
+            items.append(Item(info, None, reason))
+            continue
+        if info.shape[1] % EXPORT_GROUP_SIZE:
+            raise W4A8Error(
+                f"{name}: K must be a multiple of {EXPORT_GROUP_SIZE}, found shape {list(info.shape)}; "
+                f"leave it in bf16 with --ignore {name.removesuffix('.weight')}"
+            )
+        items.append(Item(info, name.removesuffix(".weight")))
+    return items, dropped
+
+
+def _reason_to_copy(info: TensorInfo, ignore: Sequence[str]) -> str:
+    """Why a tensor is not quantized; "" if it is."""
+    module, _, kind = info.name.rpartition(".")
+    if len(info.shape) == 3 and ".experts" in info.name:
+        raise W4A8Error(f"{info.name}: experts fused in one tensor {list(info.shape)} are not read; split them")
+    if kind != "weight" or len(info.shape) != 2:
+        return "not a matrix"
+    for pattern in ignore:
+        if matches(module, pattern):
+            return f"ignored by {pattern}"
+    if is_linear(module):
+        if info.dtype not in _FLOATS:
+            raise W4A8Error(f"{info.name}: has dtype {info.dtype.name}; only floating-point weights are quantized")
+        return ""
+    if module.endswith("embed_tokens"):
+        return "embedding"
+    if module.endswith("lm_head"):
+        return "output head"
+    return "router" if is_ignored(module, DEFAULT_IGNORE) else "not a linear layer of the decoder"
+
+
+def quantized_config(
+    config: dict[str, Any], items: Sequence[Item], scheme: Scheme, ignore: Sequence[str] = ()
+) -> dict[str, Any]:
+    """config.json of the result: the source's, in bfloat16, with a quantization_config that ignores what is copied."""
+    patterns = [*DEFAULT_IGNORE, *(p for p in ignore if p not in DEFAULT_IGNORE)]
+    for item in items:
+        module, _, kind = item.info.name.rpartition(".")
+        if item.module is None and kind == "weight" and len(item.info.shape) == 2 and item.reason != "embedding":
+            patterns += [] if is_ignored(module, patterns) else [module]
+    result = {**config, "dtype": "bfloat16"}
+    if "torch_dtype" in config:
+        result["torch_dtype"] = "bfloat16"
+    return {**result, "quantization_config": build(scheme, patterns)}
+
+
+def _quantize(
+    reader: CheckpointReader, writer: CheckpointWriter, item: Item, seconds: dict[str, float], **options: Any
+) -> None:
+    from .rtn import quantize_weight
+
+    packed, scale, shape = item.specs()
+    with _timed(seconds, "read"):
+        weight = reader.read(item.info.name)
+    with _timed(seconds, "quantize"):
+        result = quantize_weight(weight, name=item.info.name, **options)
+    bits = 8 * (packed.nbytes + scale.nbytes + shape.nbytes) / item.info.size
+    histogram = tuple(int(count) for count in result.histogram)
+    layer = LayerSummary(str(item.module), item.info.shape[:2], bits, float(result.relative_error), histogram)  # type: ignore[arg-type]
+    with _timed(seconds, "write"):
+        writer.write(f"{item.module}{PACKED}", np.asarray(result.packed), note=layer.to_note())
+        writer.write(f"{item.module}{SCALE}", np.asarray(result.scale))
+        writer.write(f"{item.module}{SHAPE}", np.asarray(item.info.shape, np.int64))
+
+
+def _copy(reader: CheckpointReader, writer: CheckpointWriter, item: Item, seconds: dict[str, float]) -> None:
+    with _timed(seconds, "write"):
+        writer.write(item.info.name, _cast_blocks(reader, item))
+
+
+def _cast_blocks(reader: CheckpointReader, item: Item) -> Iterator[np.ndarray]:
+    for block in reader.blocks(item.info.name, _COPY_BYTES):
+        if item.info.dtype in _FLOATS:
+            with np.errstate(over="ignore"):
+                block = block.astype(BF16, copy=False)
+            # Inf and NaN are what has all exponent bits set.
+            if np.any((block.view(np.uint16) & np.uint16(0x7F80)) == 0x7F80):
+                raise W4A8Error(f"{item.info.name}: has NaN or Inf, or values beyond bf16's range")
+        yield block
+
+
+def _check_options(scheme: str, numerics: str, code_min: int, search: str) -> None:
+    for name, value, allowed in (
+        ("scheme", scheme, ("w4a8", "w4a16")),
+        ("numerics", numerics, ("lut", "exact")),
+        ("code_min", code_min, (-7, -8)),
+        ("search", search, ("full", "fast", "none")),
+    ):
+        if value not in allowed:
+            raise W4A8Error(f"{name}: must be {' or '.join(map(str, allowed))}, found {value!r}")
+
+
+def _refuse_quantized(reader: CheckpointReader) -> None:
+    raw = find(reader.config)
+    if raw is not None:
+        method = raw.get("quant_method", "compressed-tensors")
+        raise W4A8Error(f"{reader.path}: is quantized already ({method}); give the unquantized checkpoint")
+    for name in reader.tensors:
+        if name.endswith((PACKED, SCALE, ".weight_scale_inv", ".qweight")):
+            raise W4A8Error(f"{reader.path}: {name} is quantized already; give the unquantized checkpoint")
+
+
+def _warnings(reader: CheckpointReader, items: Sequence[Item]) -> Iterator[str]:
+    if not reader.has_tokenizer():
+        yield f"{reader.path} has no tokenizer.json; the result generates no text until it gets one"
+    cast = sorted({i.info.dtype.name for i in items if i.module is None and i.info.dtype in _FLOATS} - {BF16.name})
+    if cast:
+        yield f"tensors that are not quantized were cast from {', '.join(cast)} to bfloat16"
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] += time.perf_counter() - start

@@ -94,7 +94,10 @@ class Decoder(nnx.Module):
         start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
         if lengths is None and cache is not None:
             lengths = jnp.full((batch,), steps, jnp.int32)
-        positions = start[:, None] + jnp.arange(steps, dtype=jnp.int32)
+        step = jnp.arange(steps, dtype=jnp.int32)
+        if lengths is not None:
+            step = jnp.minimum(step, jnp.maximum(lengths, 1)[:, None] - 1)  # padding must not lengthen a sequence
+        positions = start[:, None] + step
         config = self.config
         table = rope_table(config.rope, config.head_dim, config.max_context, positions)
         x = self.embedding.get_value().at[tokens].get(mode="clip").astype(self.dtype)

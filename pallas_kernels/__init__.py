@@ -1,9 +1,10 @@
 """What runs on the chip: the W4A8 weight format, its arithmetic, and the matrix products."""
 
 from .activations import quantize_activations
-from .dequantize import lut_levels, to_e4m3
+from .dequantize import lut_levels
 from .errors import W4A8Error
 from .ops import w4a8_matmul, w4a8_ragged_matmul, w4a16_matmul
+from .rounding import to_e4m3
 from .weight_format import GROUP_SIZE, W4Weight, convert_scales, pack_codes, unpack_codes
 
 __all__ = [

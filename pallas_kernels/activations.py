@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .dequantize import E4M3_MAX, divide, to_e4m3
 from .errors import W4A8Error
+from .rounding import E4M3_MAX, divide, to_e4m3
 
 # 1 / (448 * 512) rounded to fp32, as vLLM has it: a token of zeros, or of tiny values, is divided by this.
 MIN_SCALE = np.uint32(0x36924925).view(np.float32)
@@ -13,7 +13,7 @@ MIN_SCALE = np.uint32(0x36924925).view(np.float32)
 
 def e4m3_unit(largest: Float[Array, "..."]) -> Float[Array, "..."]:
     """fp32 `max(largest / 448, 1 / (448 * 512))`: the scale that brings `largest` to e4m3's maximum."""
-    return jnp.maximum(divide(largest, E4M3_MAX), MIN_SCALE)
+    return jnp.maximum(divide(largest, jnp.float32(E4M3_MAX)), MIN_SCALE)
 
 
 def quantize_activations(x: Float[Array, "... K"]) -> tuple[Float[Array, "... K"], Float[Array, "... 1"]]:

@@ -4,27 +4,12 @@ The product `code * group_scale` is rounded to e4m3 once. A code takes 16 values
 kernels look the rounded product up instead of computing it; here it is computed, with the same bits.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-E4M3_MAX = 448.0
+from .rounding import to_e4m3
+
 CODES = tuple(range(-8, 8))
-
-
-def to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Rounds to `float8_e4m3fn`, to nearest, ties to even, after clamping to +-448; NaN stays NaN."""
-    return jnp.clip(x.astype(jnp.float32), -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
-
-
-def divide(x: Float[Array, "..."], y: Any) -> Float[Array, "..."]:
-    """IEEE `x / y` for a divisor that is a constant or broadcasts to x.
-
-    XLA multiplies by the reciprocal of such a divisor, which rounds twice and is off by one unit in the last place
-    for a third to a half of all values. A divisor that depends on each x keeps it from doing so.
-    """
-    return x / jnp.where(jnp.isnan(x), x, y)
 
 
 def expand_groups(scale: Shaped[Array, "... N G"], k: int) -> Shaped[Array, "... N K"]:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from . import reference
 from .errors import W4A8Error
+from .rounding import round_to
 from .weight_format import W4Weight
 
 
@@ -31,7 +32,7 @@ def w4a8_matmul(x: Float[Array, "... K"], w: W4Weight, *, out_dtype: Any = jnp.b
     channel_scale its true gradient; codes and group scales are constants.
     """
     _check(x, w, 2)
-    return _w4a8(x, w).astype(out_dtype)
+    return round_to(_w4a8(x, w), out_dtype)
 
 
 def w4a16_matmul(x: Float[Array, "... K"], w: W4Weight, *, out_dtype: Any = jnp.bfloat16) -> Float[Array, "... N"]:
@@ -40,7 +41,7 @@ def w4a16_matmul(x: Float[Array, "... K"], w: W4Weight, *, out_dtype: Any = jnp.
     Arguments, result and errors are those of `w4a8_matmul`; the gradient is that of the rounded operands.
     """
     _check(x, w, 2)
-    return reference.matmul_w4a16(x, w).astype(out_dtype)
+    return round_to(reference.matmul_w4a16(x, w), out_dtype)
 
 
 def w4a8_ragged_matmul(
@@ -63,7 +64,7 @@ def w4a8_ragged_matmul(
     if group_sizes.shape != w.shape[:1] or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         found = f"{group_sizes.dtype}{list(group_sizes.shape)}"
         raise W4A8Error(f"group_sizes: expected integers [{w.shape[0]}], one for each expert, found {found}")
-    return reference.ragged_matmul(x, w, group_sizes).astype(out_dtype)
+    return round_to(reference.ragged_matmul(x, w, group_sizes), out_dtype)
 
 
 def _check(x: Array, w: W4Weight, rank: int) -> None:

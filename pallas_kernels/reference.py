@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .activations import quantize_activations
+from .rounding import round_to
 from .weight_format import W4Weight
 
 
@@ -16,7 +17,7 @@ def matmul(x: Float[Array, "... K"], w: W4Weight) -> Float[Array, "... N"]:
 
 def matmul_w4a16(x: Float[Array, "... K"], w: W4Weight) -> Float[Array, "... N"]:
     """fp32 `channel_scale * sum_k bf16(operand) * bf16(x)`, [..., N]: weights only are quantized."""
-    return w.channel_scale * _dot(x.astype(jnp.bfloat16), w.operand().astype(jnp.bfloat16))
+    return w.channel_scale * _dot(round_to(x, jnp.bfloat16), round_to(w.operand(), jnp.bfloat16))
 
 
 def ragged_matmul(x: Float[Array, "M K"], w: W4Weight, group_sizes: Int[Array, "E"]) -> Float[Array, "M N"]:

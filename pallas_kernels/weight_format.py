@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .activations import e4m3_unit
-from .dequantize import dequantize_lut, divide, expand_groups, to_e4m3
+from .dequantize import dequantize_lut, expand_groups
 from .errors import W4A8Error
+from .rounding import divide, to_e4m3
 
 GROUP_SIZE = 128
 CODES_PER_WORD = 8

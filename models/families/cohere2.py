@@ -17,9 +17,9 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     bias = bool(config.get("attention_bias"))
     return DecoderConfig(
         **fields,
-        layer_types=common.layer_types(config, default),
+        layer_types=common.layer_types(config, default, config.get("sliding_window")),
         sliding_window=config.get("sliding_window"),
-        rope=common.rope_config(config, interleaved=True),
+        rope=common.rope_config(config, fields["head_dim"], interleaved=True),
         rope_on_full=False,
         norm="layernorm",
         norm_eps=config.get("layer_norm_eps", 1e-5),

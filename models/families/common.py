@@ -6,6 +6,7 @@ from typing import Any
 from pallas_kernels import W4A8Error
 
 from ..config import LayerType, RopeConfig
+from ..layers.rope import check_rope
 
 Names = dict[str, tuple[str, ...]]
 
@@ -69,7 +70,9 @@ def common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def layer_types(config: Mapping[str, Any], default: tuple[LayerType, ...]) -> tuple[LayerType, ...]:
+def layer_types(
+    config: Mapping[str, Any], default: tuple[LayerType, ...], sliding_window: int | None
+) -> tuple[LayerType, ...]:
     """Each layer's attention, from `layer_types`.
 
     Raises:
@@ -85,18 +88,30 @@ def layer_types(config: Mapping[str, Any], default: tuple[LayerType, ...]) -> tu
         raise W4A8Error(
             f"config.json: layer_types must have num_hidden_layers = {expected} entries, found {len(types)}"
         )
-    if "sliding" in types and not config.get("sliding_window"):
-        raise W4A8Error('config.json: layer_types has "sliding_attention", but sliding_window is missing')
+    if "sliding" in types and not sliding_window:
+        raise W4A8Error("config.json: there are layers with sliding attention, but sliding_window is missing or unused")
     return types
 
 
-def rope_config(config: Mapping[str, Any], *, interleaved: bool = False, theta: float = 10000.0) -> RopeConfig:
-    """Rotary parameters, from `rope_parameters` or from the older `rope_theta` and `rope_scaling`."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = parameters.pop("rope_theta", None) or config.get("rope_theta") or theta
-    kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
-    parameters.pop("type", None)
-    if kind in ("yarn", "longrope", "llama3") and config.get("original_max_position_embeddings"):
-        parameters.setdefault("original_max_position_embeddings", config["original_max_position_embeddings"])
+def rope_config(config: Mapping[str, Any], head_dim: int, *, interleaved: bool = False) -> RopeConfig:
+    """Rotary parameters, from `rope_parameters` or from the older `rope_theta` and `rope_scaling`.
+
+    Raises:
+        W4A8Error: they are not for the whole model and the whole head, or as `check_rope`.
+    """
+    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if nested := sorted(name for name, value in parameters.items() if isinstance(value, Mapping)):
+        raise W4A8Error(f"config.json: rope_parameters must be the same for all layers, found some for {nested[0]}")
+    theta = parameters.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    kind = parameters.pop("type", None)
+    kind = parameters.pop("rope_type", None) or kind or "default"
+    partial = parameters.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
+    if partial not in (None, 1):
+        raise W4A8Error(f"config.json: partial_rotary_factor must be 1, found {partial}")
+    original = config.get("original_max_position_embeddings")
+    if kind in ("yarn", "longrope", "llama3") and original:
+        parameters["original_max_position_embeddings"] = original
     scaling = {name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}
-    return RopeConfig(float(theta), interleaved, kind, tuple(sorted(scaling.items())))
+    rope = RopeConfig(float(theta), interleaved, kind, tuple(sorted(scaling.items())))
+    check_rope(rope, head_dim)
+    return rope

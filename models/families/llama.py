@@ -16,7 +16,7 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(
         **fields,
         layer_types=("full",) * fields["num_layers"],
-        rope=common.rope_config(config),
+        rope=common.rope_config(config, fields["head_dim"]),
         norm_eps=config.get("rms_norm_eps", 1e-6),
         attention_bias=bias,
         output_bias=bias,

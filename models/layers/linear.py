@@ -1,5 +1,6 @@
 """A linear layer whose weight is a float array or a `W4Weight`."""
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -8,6 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels import W4Weight, w4a8_matmul, w4a16_matmul
+
+_LARGE = 2**22  # weights of a layer; smaller ones are fast rather than frugal
 
 Scheme = Literal["bf16", "w4a8", "w4a16"]
 
@@ -27,6 +30,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
         weight = self.weight.get_value()
+        if math.prod(weight.shape) >= _LARGE and jax.default_backend() == "cpu":
+            # Else XLA widens all layers' weights to fp32 before it computes the first, and holds them all.
+            weight, x = jax.lax.optimization_barrier((weight, x))
         if isinstance(weight, W4Weight):
             matmul = {"w4a8": w4a8_matmul, "w4a16": w4a16_matmul}[self.scheme]
             y = matmul(x, weight, out_dtype=x.dtype)

@@ -16,8 +16,8 @@ def _layer(slots: int, batch: int = 1) -> LayerCache:
 
 def _tokens(first: int, count: int, batch: int = 1) -> jnp.ndarray:
     """Values that name their position, one-based."""
-    return jnp.broadcast_to(jnp.arange(first + 1, first + count + 1, dtype=jnp.float32)[None, :, None, None],
-                            (batch, count, 1, 1))  # fmt: skip
+    values = jnp.arange(first + 1, first + count + 1, dtype=jnp.float32)
+    return jnp.broadcast_to(values[None, :, None, None], (batch, count, 1, 1))
 
 
 def test_a_ring_keeps_the_last_tokens_in_their_slots():
@@ -37,9 +37,7 @@ def test_positions_are_negative_where_nothing_was_written():
 
 
 def test_padding_is_not_written():
-    layer = _layer(4, batch=2).write(
-        _tokens(0, 3, 2), _tokens(0, 3, 2), jnp.array([0, 0]), jnp.array([1, 0])
-    )  # fmt: skip
+    layer = _layer(4, batch=2).write(_tokens(0, 3, 2), _tokens(0, 3, 2), jnp.array([0, 0]), jnp.array([1, 0]))
     np.testing.assert_array_equal(layer.k[:, :, 0, 0], [[1, 0, 0, 0], [0, 0, 0, 0]])
 
 

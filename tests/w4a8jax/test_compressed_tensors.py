@@ -176,13 +176,17 @@ def test_matching() -> None:
         matches("a", "re:(")
 
 
-def test_which_modules_are_linear() -> None:
-    for name in (Q, "layers.0.mlp.down_proj", "model.layers.1.mlp.experts.3.up_proj",
-                 "model.layers.1.block_sparse_moe.experts.3.w1", "model.layers.1.mlp.shared_experts.gate_proj"):  # fmt: skip
-        assert is_linear(name), name
-    for name in ("lm_head", "model.embed_tokens", "model.layers.0.mlp.gate", "model.layers.0.block_sparse_moe.gate",
-                 "model.layers.0.input_layernorm", "multi_modal_projector.linear_proj"):  # fmt: skip
-        assert not is_linear(name), name
+@pytest.mark.parametrize(
+    ("names", "linear"),
+    [
+        (f"{Q} layers.0.mlp.down_proj model.layers.1.mlp.shared_experts.gate_proj", True),
+        ("model.layers.1.mlp.experts.3.up_proj model.layers.1.block_sparse_moe.experts.3.w1", True),
+        ("lm_head model.embed_tokens model.layers.0.input_layernorm multi_modal_projector.linear_proj", False),
+        ("model.layers.0.mlp.gate model.layers.0.block_sparse_moe.gate", False),
+    ],
+)
+def test_which_modules_are_linear(names: str, linear: bool) -> None:
+    assert {name: is_linear(name) for name in names.split()} == dict.fromkeys(names.split(), linear)
 
 
 GROUP = "config.json: quantization_config.config_groups.group_0"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -20,6 +21,7 @@ from pallas_kernels.errors import W4A8Error
 from w4a8jax.checkpoints.plan import plan_shards
 from w4a8jax.checkpoints.reader import CheckpointReader
 from w4a8jax.checkpoints.safetensors_format import TensorSpec
+from w4a8jax.checkpoints.workspace import Workspace
 from w4a8jax.checkpoints.writer import CheckpointWriter
 
 SHARDS, UNIT_BYTES = 5, 64 * 4 + 32 * 2
@@ -80,7 +82,7 @@ def test_plan() -> None:
     assert [len(s.units) for s in shards] == [2, 2, 1]
     assert len(plan_shards(units(), 1)) == SHARDS  # a unit is never cut
     assert len(plan_shards(units())) == 1
-    with pytest.raises(W4A8Error, match=r"layers\.0\.x: would be written twice"):
+    with pytest.raises(W4A8Error, match=r"layers\.0\.weight_scale: would be written twice"):
         plan_shards(units() + units()[:1])
     with pytest.raises(W4A8Error, match="max_shard_bytes: must be positive, found 0"):
         plan_shards(units(), 0)
@@ -259,7 +261,7 @@ def test_dies_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", dying)
         # Nothing is cleaned up, as if the process were killed.
-        patch.setattr("w4a8jax.checkpoints.workspace.Workspace.close", lambda self, discard=False: None)
+        patch.setattr(Workspace, "close", lambda self, discard=False: os.close(self._lock))
         with pytest.raises(KeyboardInterrupt):
             write(target, overwrite=True)
     assert not target.exists()
@@ -321,10 +323,7 @@ def test_full_disk_at_the_first_shard_leaves_nothing(tmp_path: Path, monkeypatch
 
 
 def test_full_disk_is_seen_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = (100 * 2**20, 0, 1000)
-    monkeypatch.setattr(
-        "shutil.disk_usage", lambda path: type("Usage", (), dict(zip(("t", "u", "free"), usage, strict=True)))
-    )
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     assert "out: needs 0.0 MiB more on its disk, which has 0.0 MiB free" in refusal(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -371,57 +370,61 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot write there: Permission denied" in refusal(tmp_path / "out")
 
 
-def test_wrong_use(tmp_path: Path) -> None:
-    specs = [spec for unit in units() for spec in unit]
-    cases: list[tuple[str, np.ndarray, str]] = [
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
         ("layers.0.x", np.zeros((16, 4), np.int64), r"layers\.0\.x: planned as int32 \[16, 4\], given int64"),
         ("layers.0.x", np.zeros((16, 5), np.int32), r"given int32 \[16, 5\]"),
         ("layers.0.x", np.zeros((17, 4), np.int32), r"given int32 \[17, 4\]"),
         ("layers.0.x", np.zeros((15, 4), np.int32), r"given 240 of 256 bytes"),
         ("layers.9.x", np.zeros((16, 4), np.int32), r"layers\.9\.x: is not planned for model-00001"),
-    ]
-    for name, array, message in cases:
-        with pytest.raises(W4A8Error, match=message), open_writer(tmp_path / "out") as writer:
-            writer.write(name, array)
-    with pytest.raises(W4A8Error, match="written twice"), open_writer(tmp_path / "out") as writer:
-        writer.write("layers.0.x", value(specs[0]))
-        writer.write("layers.0.x", value(specs[0]))
-    with pytest.raises(W4A8Error, match=r"layers\.0\.x: was not written"), open_writer(tmp_path / "out") as writer:
-        writer.finish()
+    ],
+)
+def test_only_what_is_planned(tmp_path: Path, name: str, array: np.ndarray, message: str) -> None:
+    with pytest.raises(W4A8Error, match=message), open_writer(tmp_path / "out") as writer:
+        writer.write(name, array)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_that_is_planned_and_once(tmp_path: Path) -> None:
+    first = units()[0][0]
+    with open_writer(tmp_path / "out") as writer:
+        with pytest.raises(W4A8Error, match=r"layers\.0\.x: was not written"):
+            writer.finish()
+        writer.write(first.name, value(first))
+        with pytest.raises(W4A8Error, match=r"layers\.0\.x: written twice"):
+            writer.write(first.name, value(first))
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_all(writer: CheckpointWriter, **changed: np.ndarray) -> None:
+    for unit in writer.remaining():
+        for spec in unit:
+            writer.write(spec.name, changed.get(spec.name, value(spec)))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
 def test_bad_scales_are_not_published(tmp_path: Path, bad: float) -> None:
-    target = tmp_path / "out"
-    with (
-        pytest.raises(W4A8Error, match=r"layers\.2\.weight_scale: has scales that are negative, infinite or NaN"),
-        open_writer(target) as writer,
-    ):
-        for unit in writer.remaining():
-            for spec in unit:
-                array = value(spec)
-                if spec.name == "layers.2.weight_scale":
-                    array[5] = bad
-                writer.write(spec.name, array)
-        writer.finish()
+    target, name = tmp_path / "out", "layers.2.weight_scale"
+    scale = value(units()[2][1])
+    scale[5] = bad
+    with open_writer(target) as writer:
+        write_all(writer, **{name: scale})
+        with pytest.raises(W4A8Error, match=r"layers\.2\.weight_scale: has scales that are negative, infinite or NaN"):
+            writer.finish()
     assert not target.exists()
 
 
 def test_what_reads_back_differently_is_not_published(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with (
-        pytest.raises(W4A8Error, match="reads back from disk other than it was written"),
-        open_writer(target) as writer,
-    ):
-        for unit in writer.remaining():
-            for spec in unit:
-                writer.write(spec.name, value(spec))
+    with open_writer(target) as writer:
+        write_all(writer)
         shard = next(partial(target).rglob("model-00002*"))
         data = bytearray(shard.read_bytes())
-        data[-20] ^= 1
+        data[-80] ^= 1
         shard.write_bytes(data)
-        writer.finish()
+        with pytest.raises(W4A8Error, match=r"layers\.1\.x reads back from disk other than it was written"):
+            writer.finish()
     assert not target.exists()
 
 

@@ -65,7 +65,7 @@ def problems(
     try:
         quantization = parse(config)
     except W4A8Error as e:
-        return [Problem("config.json", str(e))]
+        return [Problem("quantization_config", str(e))]
     if quantization is None:
         return [Problem("config.json", "has no quantization_config: not a quantized checkpoint")]
     packed = {

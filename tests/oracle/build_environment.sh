@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Makes the environment of the oracle tests: build_environment.sh FOLDER TORCH_REQUIREMENT [PYTHON]
+set -euo pipefail
+folder=$1 torch=$2 python=${3:-}
+
+works() { "$1" -c 'import ensurepip, venv' >/dev/null 2>&1; }
+
+if [ -z "$python" ]; then
+    candidates=(python3.11)
+    if command -v pyenv >/dev/null; then
+        candidates+=("$(pyenv root)"/versions/3.11*/bin/python3.11)
+    fi
+    for candidate in "${candidates[@]}"; do
+        if works "$candidate"; then
+            python=$candidate
+            break
+        fi
+    done
+fi
+if [ -z "$python" ]; then
+    echo "oracle: no Python 3.11 with venv found; name another Python as ORACLE_PYTHON=..." >&2
+    exit 1
+fi
+
+echo "oracle: making $folder with $python (1.2 GB)"
+rm -rf "$folder"
+"$python" -m venv "$folder"
+pip=("$folder/bin/python" -m pip --disable-pip-version-check --quiet install)
+# Torch first: if its CPU build cannot be had, nothing else is fetched.
+"${pip[@]}" "$torch"
+"${pip[@]}" "$torch" -r "$(dirname "$0")/requirements.txt"
+touch "$folder/.ready"

@@ -101,12 +101,14 @@ class Decoder(nnx.Module):
         config = self.config
         table = rope_table(config.rope, config.head_dim, config.max_context, positions)
         x = self.embedding.get_value().at[tokens].get(mode="clip").astype(self.dtype)
-        layers = []
+        layers: list[Any] = []
         for i, block in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, layer = block(x, table, start, lengths, cache and cache.layers[i], fresh)
+                x, layer = block(x, table, start, lengths, None if cache is None else cache.layers[i], fresh)
             layers.append(layer)
-        return self.final_norm(x), None if cache is None else KVCache(tuple(layers), start + lengths)
+        if cache is not None and lengths is not None:
+            cache = KVCache(tuple(layers), start + lengths)
+        return self.final_norm(x), cache
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """fp32 logits of final hidden states, [..., V]."""
@@ -131,5 +133,5 @@ class Decoder(nnx.Module):
 
 
 def _norm(config: DecoderConfig, param_dtype: Any) -> RMSNorm | LayerNorm:
-    kind = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[config.norm]
+    kind = RMSNorm if config.norm == "rmsnorm" else LayerNorm
     return kind(config.hidden_size, eps=config.norm_eps, param_dtype=param_dtype)

@@ -72,7 +72,7 @@ def load_decoder(
             continue  # read with its weight
         module: Any = decoder
         for step in parents:
-            module = module[step] if isinstance(step, int) else getattr(module, step)
+            module = module[step] if isinstance(step, int) else getattr(module, str(step))
         where = ".".join(map(str, parents or path))
         layer = next((str(step) for step in parents if isinstance(step, int)), "")
         sources = [name.format(i=layer) for name in names[re.sub(r"\d+", "{i}", where)]]
@@ -102,7 +102,8 @@ def _fill_linear(
     if all(quantized):
         if scheme == "bf16":
             raise W4A8Error(f"{sources[0]}.weight_packed: found, but config.json has no quantization_config for it")
-        module.weight = nnx.Param(reader.quantized(sources, [(n, k) for n in rows]))
+        weight: Any = reader.quantized(sources, [(n, k) for n in rows])
+        module.weight = nnx.Param(weight)
         module.scheme = scheme
     elif any(quantized):
         absent = sources[quantized.index(False)]

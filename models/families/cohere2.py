@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import DecoderConfig
+from ..config import DecoderConfig, LayerType
 from . import common
 
 NAMES = common.NAMES
@@ -13,7 +13,9 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Reads a config.json of model_type "cohere2"; raises `W4A8Error` as `common.common_fields` does."""
     fields = common.common_fields(config)
     pattern = config.get("sliding_window_pattern") or 4
-    default = tuple("sliding" if (i + 1) % pattern else "full" for i in range(fields["num_layers"]))
+    default: tuple[LayerType, ...] = tuple(
+        "sliding" if (i + 1) % pattern else "full" for i in range(fields["num_layers"])
+    )
     bias = bool(config.get("attention_bias"))
     return DecoderConfig(
         **fields,

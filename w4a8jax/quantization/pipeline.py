@@ -40,6 +40,7 @@ from .summary import LayerSummary, QuantizationSummary
 SUMMARY = "quantization_summary.json"
 BF16 = np.dtype(ml_dtypes.bfloat16)
 _COPY_BYTES = 64 * 2**20
+_CHECK_SIZE = 2**22
 _FLOATS = tuple(
     map(np.dtype, (BF16, np.float16, np.float32, np.float64, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2))
 )
@@ -252,6 +253,7 @@ def _quantize(
     packed, scale, shape = item.specs()
     with _timed(seconds, "read"):
         weight = reader.read(item.info.name)
+        _check_finite(item.info.name, weight)
     with _timed(seconds, "quantize"):
         result = quantize_weight(weight, name=item.info.name, **options)
     bits = 8 * (packed.nbytes + scale.nbytes + shape.nbytes) / item.info.size
@@ -273,10 +275,27 @@ def _cast_blocks(reader: CheckpointReader, item: Item) -> Iterator[np.ndarray]:
         if item.info.dtype in _FLOATS:
             with np.errstate(over="ignore"):
                 block = block.astype(BF16, copy=False)
-            # Inf and NaN are what has all exponent bits set.
-            if np.any((block.view(np.uint16) & np.uint16(0x7F80)) == 0x7F80):
-                raise W4A8Error(f"{item.info.name}: has NaN or Inf, or values beyond bf16's range")
+            _check_finite(item.info.name, block)
         yield block
+
+
+def _check_finite(name: str, array: np.ndarray) -> None:
+    """Raises W4A8Error if a float array has NaN or Inf, or, when it was cast to bf16, had values beyond its range.
+
+    In numpy, since XLA's maximum on a CPU passes over NaN; in pieces, since the intermediate is as large as they are.
+    """
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _CHECK_SIZE):
+        piece = flat[start : start + _CHECK_SIZE]
+        if array.dtype == BF16:  # Inf and NaN are what has all exponent bits set
+            bad = (piece.view(np.uint16) & np.uint16(0x7F80)) == 0x7F80
+        else:
+            bad = ~np.isfinite(piece)
+        if np.any(bad):
+            index = [int(i) for i in np.unravel_index(start + int(np.argmax(bad)), array.shape)]
+            raise W4A8Error(
+                f"{name}: has NaN or Inf (or a value beyond bf16's range) at {index}; expected finite weights"
+            )
 
 
 def _check_options(scheme: str, numerics: str, code_min: int, search: str) -> None:

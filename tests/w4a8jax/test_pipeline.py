@@ -217,10 +217,10 @@ def test_what_vllm_could_not_serve(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_inf(tmp_path: Path, name: str, bad: float) -> None:
     tensor = toy_tensors(toy_config())[name]
-    tensor[3] = bad
+    tensor[(3, 5)[: tensor.ndim]] = bad
     message = refusal(toy_checkpoint(tmp_path, **{name: tensor}), tmp_path / "out", max_shard_bytes=100_000)
-    assert message.startswith(f"{name}: ")
-    assert "finite" in message or "has NaN or Inf" in message
+    at = [3, 5] if tensor.ndim == 2 else [3]
+    assert message == f"{name}: has NaN or Inf (or a value beyond bf16's range) at {at}; expected finite weights"
     assert os.listdir(tmp_path) == ["source"]
 
 
@@ -228,7 +228,7 @@ def test_beyond_bf16(tmp_path: Path) -> None:
     tensor = np.full(256, 3.4e38, np.float32)
     tensor[7] = np.finfo(np.float32).max
     src = toy_checkpoint(tmp_path, dtype="float32", **{"model.norm.weight": tensor})
-    assert "model.norm.weight: has NaN or Inf, or values beyond bf16's range" in refusal(src, tmp_path / "out")
+    assert "model.norm.weight: has NaN or Inf (or a value beyond bf16's range) at [0]" in refusal(src, tmp_path / "out")
 
 
 def test_unknown_model_type(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ SCRIPT = """
 import sys
 from w4a8jax.quantization.pipeline import quantize
 try:
-    quantize(sys.argv[1], sys.argv[2], search="full", progress=False, max_shard_bytes=2**20, resume="resume" in sys.argv)
+    quantize(sys.argv[1], sys.argv[2], search="fast", progress=False, max_shard_bytes=2**19)
 except KeyboardInterrupt as e:
     print(*e.__notes__)
     sys.exit(130)
@@ -373,7 +373,7 @@ except KeyboardInterrupt as e:
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
 def test_killed_in_the_middle(tmp_path: Path, kind: signal.Signals) -> None:
-    src = toy_checkpoint(tmp_path, hidden=512, intermediate=2048, layers=12)
+    src = toy_checkpoint(tmp_path, hidden=512, intermediate=1536, layers=8)
     command = [sys.executable, "-c", SCRIPT, str(src), str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     journal = tmp_path / ".out.partial" / "journal.jsonl"
@@ -388,20 +388,21 @@ def test_killed_in_the_middle(tmp_path: Path, kind: signal.Signals) -> None:
     if kind == signal.SIGINT:
         assert "shards are kept; go on with --resume" in output
     assert not (tmp_path / "out").exists()
-    summary = quantize(src, tmp_path / "out", progress=False, max_shard_bytes=2**20, resume=True)
-    assert summary.resumed_shards >= 3
-    quantize(src, tmp_path / "whole", progress=False, max_shard_bytes=2**20)
+    options: dict[str, Any] = {"search": "fast", "progress": False, "max_shard_bytes": 2**19}
+    assert quantize(src, tmp_path / "out", resume=True, **options).resumed_shards >= 3
+    quantize(src, tmp_path / "whole", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 MEMORY = """
-import resource, sys
+import re, sys
 from w4a8jax.quantization.pipeline import quantize
 quantize(sys.argv[1], sys.argv[2], search="none", progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])  # ru_maxrss would be the parent's
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     peaks = {}
     for layers in (2, 20):  # of 8.4 million parameters, 16 MiB

@@ -27,9 +27,11 @@ SchemeOption = Annotated[
     ),
 ]
 NumericsOption = Annotated[
-    Numerics,
+    Numerics | None,
     typer.Option(
-        "--numerics", help="lut: the arithmetic of vLLM's kernel; exact: without its rounding of scales and products."
+        "--numerics",
+        help="lut: the arithmetic of vLLM's W4A8 kernel; exact: without its rounding of scales and products. "
+        "Default: lut for w4a8, exact for w4a16.",
     ),
 ]
 DTypeOption = Annotated[DType, typer.Option("--dtype", help="Of activations and of weights that are not quantized.")]
@@ -42,7 +44,11 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progre
 
 
 def load_model(
-    path: str, scheme: Scheme | None, numerics: Numerics, dtype: DType = "bfloat16", max_context: int | None = None
+    path: str,
+    scheme: Scheme | None,
+    numerics: Numerics | None,
+    dtype: DType = "bfloat16",
+    max_context: int | None = None,
 ) -> LanguageModel:
     """Loads a model, saying so on a terminal's stderr."""
     import w4a8jax

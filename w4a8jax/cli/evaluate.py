@@ -34,7 +34,7 @@ def command(
         typer.Option("--against", metavar="ORIGINAL", help="Another checkpoint to compare with: KL, top-1 agreement."),
     ] = None,
     scheme: SchemeOption = None,
-    numerics: NumericsOption = "lut",
+    numerics: NumericsOption = None,
     dtype: DTypeOption = "bfloat16",
     context: ContextOption = None,
     stride: Annotated[

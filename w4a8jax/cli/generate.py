@@ -49,7 +49,7 @@ def command(
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="Stop before this text; may be repeated.")
     ] = None,
     scheme: SchemeOption = None,
-    numerics: NumericsOption = "lut",
+    numerics: NumericsOption = None,
     dtype: DTypeOption = "bfloat16",
     max_context: Annotated[
         int | None,

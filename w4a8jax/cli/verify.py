@@ -25,7 +25,7 @@ def command(
             help="UTF-8 text to compare predictions on, - for stdin; default: the start of the reference text.",
         ),
     ] = None,
-    numerics: NumericsOption = "lut",
+    numerics: NumericsOption = None,
     context: ContextOption = None,
     max_tokens: Annotated[
         int | None,

@@ -287,10 +287,8 @@ def _check_finite(name: str, array: np.ndarray) -> None:
     flat = array.reshape(-1)
     for start in range(0, flat.size, _CHECK_SIZE):
         piece = flat[start : start + _CHECK_SIZE]
-        if array.dtype == BF16:  # Inf and NaN are what has all exponent bits set
-            bad = (piece.view(np.uint16) & np.uint16(0x7F80)) == 0x7F80
-        else:
-            bad = ~np.isfinite(piece)
+        # In bf16, Inf and NaN are what has all exponent bits set; isfinite is many times slower.
+        bad = (piece.view(np.uint16) & 0x7F80) == 0x7F80 if array.dtype == BF16 else ~np.isfinite(piece)
         if np.any(bad):
             index = [int(i) for i in np.unravel_index(start + int(np.argmax(bad)), array.shape)]
             raise W4A8Error(

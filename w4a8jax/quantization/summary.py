@@ -141,9 +141,9 @@ class QuantizationSummary:
 
 
 def _kind(layer: LayerSummary) -> str:
-    """The same name for a module of every layer (and expert), where shapes are the same too."""
+    """The same name for a module of every layer (and expert)."""
     parts = ["*" if part.isdigit() else part for part in layer.name.split(".")]
-    return ".".join(parts) + ("" if "*" in parts else f" {layer.shape}")
+    return ".".join(parts).removeprefix("model.layers.*.")
 
 
 def _size(nbytes: int) -> str:

@@ -24,7 +24,7 @@ def verify(
     against: str | Path | None = None,
     text: str | None = None,
     *,
-    numerics: Numerics = "lut",
+    numerics: Numerics | None = None,
     context: int | None = None,
     max_tokens: int | None = None,
     max_perplexity_increase: float = 0.1,
@@ -40,7 +40,7 @@ def verify(
         path: checkpoint directory, quantized or not, or a Hugging Face Hub name.
         against: the unquantized original; None leaves out the comparison of weights and predictions.
         text: on which predictions are compared; by default the first 4096 tokens of `reference_text("test")`.
-        numerics: of the quantized weights, "lut" as in vLLM, or "exact"; W4A16 weights are always exact.
+        numerics: of W4A8 weights, "lut" as in vLLM (default), or "exact"; W4A16 weights are always exact.
         context: tokens of a window, see `evaluate`.
         max_tokens: how much of the text; all of a text that is given, by default. 0 leaves out the predictions.
         max_perplexity_increase: more than this above the original's perplexity fails; relative, 0.1 is 10 %.
@@ -51,7 +51,7 @@ def verify(
         W4A8Error: there is no readable checkpoint at `path` or `against`, the original is quantized itself, or an
             option is out of range.
     """
-    if numerics not in ("lut", "exact"):
+    if numerics not in (None, "lut", "exact"):
         raise W4A8Error(f'numerics: expected "lut" or "exact", found {numerics!r}')
     if tensor_parallel < 1:
         raise W4A8Error(f"tensor_parallel: expected at least 1, found {tensor_parallel}")
@@ -81,7 +81,7 @@ def verify(
     if original is None:
         return Verification(reader.path, None, scheme, tuple(found))
 
-    numerics = "lut" if scheme == "w4a8" and numerics == "lut" else "exact"
+    numerics = "lut" if scheme == "w4a8" and numerics != "exact" else "exact"
     usable = all(check.ok for check in found if check.name != "vLLM's rules")
     weights, errors = parity.check_weights(reader, original, modules, numerics, step("comparing weights"))
     found += weights

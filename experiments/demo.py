@@ -11,10 +11,10 @@ import w4a8jax
 
 OUT = Path(__file__).parents[1] / "demo" / "reference-dense-w4a8"
 PROMPTS = (
-    'def read_json(path):\n    """Read a JSON file."""\n',
-    "class TestStack(unittest.TestCase):\n",
+    'def read_lines(path):\n    """Return the lines of a file."""\n    with open(path',
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):",
 )
-NEW_TOKENS = 48
+NEW_TOKENS = 32
 
 console = Console()
 

@@ -244,6 +244,16 @@ NAN[2, 77] = np.nan
 INF = np.full((3, 128), 1e300)
 
 
+@pytest.mark.parametrize("search", ["full", "fast", "none"])
+@pytest.mark.parametrize("background", [0.0, 1.0])
+@pytest.mark.parametrize("columns", [slice(5, 6), slice(128, 256), slice(None)])
+def test_no_nan_gets_through(search, background, columns):
+    w = np.full((4, 256), background, np.float32)
+    w[1, columns] = np.nan
+    with pytest.raises(W4A8Error, match=rf"found nan at \[1, {columns.start or 0}\]"):
+        quantize_weight(w, search=search)
+
+
 @pytest.mark.parametrize(
     ("w", "options", "message"),
     [

@@ -174,6 +174,8 @@ def _quantize_block(
     peak = jnp.max(jnp.abs(groups), axis=-1)
     # Squares are taken in units of the row's largest weight, so that they neither overflow nor vanish.
     unit = jnp.maximum(jnp.max(peak, axis=-1), 2.0**-10)
+    # A maximum may lose a NaN (XLA's on CPUs does), so that it has to be looked for.
+    unit = jnp.where(jnp.all(jnp.isfinite(groups), axis=(1, 2)), unit, jnp.nan)
     if search == "none":
         scale = _to_bf16(peak / (7 if code_min == -7 else 7.5))
     else:

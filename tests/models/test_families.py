@@ -1,4 +1,4 @@
-"""From Hugging Face configs, as published, to `DecoderConfig`."""
+"""From Hugging Face configs to `DecoderConfig`: what matters of configs as their authors publish them, and mistakes."""
 
 from __future__ import annotations
 

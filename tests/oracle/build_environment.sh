@@ -25,7 +25,7 @@ fi
 echo "oracle: making $folder with $python (1.2 GB)"
 rm -rf "$folder"
 "$python" -m venv "$folder"
-pip=("$folder/bin/python" -m pip --disable-pip-version-check --quiet install)
+pip=("$folder/bin/python" -m pip --disable-pip-version-check -qq install)
 # Torch first: if its CPU build cannot be had, nothing else is fetched.
 "${pip[@]}" "$torch"
 "${pip[@]}" "$torch" -r "$(dirname "$0")/requirements.txt"

@@ -83,12 +83,13 @@ def test_builds_what_the_format_asks_for() -> None:
         "dynamic": False,
     }
     inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "format": "pack-quantized", "weights": weights, "input_activations": inputs}
     assert config == {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+        "config_groups": {"group_0": group},
     }
     assert "input_activations" not in build("w4a16")["config_groups"]["group_0"]
     with pytest.raises(W4A8Error, match="scheme: must be w4a8 or w4a16 for a quantized checkpoint, found 'w8a8'"):

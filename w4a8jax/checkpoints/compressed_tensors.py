@@ -111,6 +111,7 @@ def build(scheme: Scheme = "w4a8", ignore: Sequence[str] = DEFAULT_IGNORE) -> di
     """The `quantization_config` that vLLM loads as this scheme, group size 128."""
     group: dict[str, Any] = {
         "targets": ["Linear"],
+        "format": FORMAT,  # else compressed-tensors infers "int-quantized" from FP8 activations, and cannot load it
         "weights": {
             "num_bits": 4,
             "type": "int",

@@ -1,0 +1,63 @@
+"""The dense kernel on a Hopper GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_weights import random_checkpoint, weight_of
+
+from pallas_kernels import W4A8Error, quantize_activations
+from pallas_kernels.dense_gemm import TuningConfig, dense_gemm
+from pallas_kernels.fragments import FragmentWeight
+
+
+def on_hopper() -> bool:
+    return jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
+
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not on_hopper(), reason="no Hopper GPU")]
+CASES = [
+    (1, (16, 2, 2, 4)),
+    (8, (8, 2, 3, 4)),
+    (24, (16, 2, 1, 8)),
+    (64, (64, 3, 2, 4)),
+    (136, (128, 2, 2, 4)),
+    (504, (96, 2, 3, 3)),
+    (1000, (160, 2, 2, 3)),
+]
+
+
+@pytest.mark.parametrize("code_min", [-7, -8])
+class TestOnGpu:
+    pytestmark = gpu
+
+    def test_operands_are_the_references_bits(self, code_min: int) -> None:
+        w = weight_of(*random_checkpoint(0, 768, 512, code_min=code_min), code_min=code_min)
+        f = FragmentWeight.from_weight(w)
+        unscaled = FragmentWeight(f.words, f.tables, jnp.ones(768), f.form)
+        eye = jnp.eye(512, dtype=jnp.float8_e4m3fn)
+        found = dense_gemm(eye, jnp.ones((512, 1)), unscaled, TuningConfig(128))
+        np.testing.assert_array_equal(found.astype(jnp.float32), w.operand().astype(jnp.float32).T)
+
+    @pytest.mark.parametrize(("m", "config"), CASES)
+    def test_products(self, code_min: int, m: int, config: tuple[int, int, int, int]) -> None:
+        rng = np.random.default_rng(m)
+        w = weight_of(*random_checkpoint(m, 768, 512, code_min=code_min), code_min=code_min)
+        f = FragmentWeight.from_weight(w)
+        x8, token_scale = quantize_activations(jnp.asarray(rng.standard_normal((m, 512)), jnp.bfloat16))
+        found, again = (np.asarray(dense_gemm(x8, token_scale, f, TuningConfig(*config)), np.float64) for _ in "12")
+        np.testing.assert_array_equal(found, again)
+        a, b = (np.asarray(v.astype(jnp.float32), np.float64) for v in (x8, w.operand()))
+        expected = np.asarray(w.channel_scale, np.float64) * np.asarray(token_scale, np.float64) * (a @ b.T)
+        # The rounding to bf16 alone is 1.7e-3.
+        assert np.linalg.norm(found - expected) < 2e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [(TuningConfig(16, 2, 3), "tiles of 384 rows"), (TuningConfig(128, 2, 2, 8), "bytes of shared memory")],
+)
+def test_configs_that_do_not_fit_are_refused(config: TuningConfig, message: str) -> None:
+    f = FragmentWeight.from_weight(weight_of(*random_checkpoint(0, 256, 256, code_min=-7), code_min=-7))
+    with pytest.raises(W4A8Error, match=message):
+        dense_gemm(jnp.zeros((16, 256), jnp.float8_e4m3fn), jnp.ones((16, 1)), f, config)

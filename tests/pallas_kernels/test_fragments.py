@@ -1,0 +1,72 @@
+"""The kernels' layout, decoded as each thread of the warpgroup decodes it, instruction by instruction."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_weights import random_checkpoint, weight_of
+
+from pallas_kernels import W4A8Error, W4Weight
+from pallas_kernels.fragments import FragmentWeight
+
+
+def prmt(low: int, high: int, selector: int) -> int:
+    """PTX's `prmt.b32` in its default mode: bit 3 of a selector replicates the byte's sign."""
+    source = (high << 32) | low
+    result = 0
+    for i in range(4):
+        nibble = (selector >> (4 * i)) & 15
+        byte = (source >> (8 * (nibble & 7))) & 255
+        if nibble & 8:
+            byte = 255 if byte & 128 else 0
+        result |= byte << (8 * i)
+    return result
+
+
+def decode_sign_magnitude(word: int, tables: list[int]) -> list[int]:
+    index = word & 0x77777777
+    first = prmt(tables[0], tables[1], index & 0xFFFF) ^ (word & 0x80808080)
+    second = prmt(tables[2], tables[3], index >> 16) ^ ((word << 4) & 0x80808080)
+    return [first, second]
+
+
+def decode_two_tables(word: int, tables: list[int]) -> list[int]:
+    results = []
+    for low, high, half in ((*tables[:2], word & 0xFFFF), (*tables[2:], word >> 16)):
+        s = prmt((low & 0xFFFFFF00) ^ high, low ^ high, half)
+        results.append(s ^ prmt(high, high ^ 0x80808080, half & 0x7777))
+    return results
+
+
+@pytest.mark.parametrize("code_min", [-7, -8])
+def test_threads_find_their_operands(code_min: int) -> None:
+    w = weight_of(*random_checkpoint(3, 128, 256, code_min=code_min), code_min=code_min)
+    f = FragmentWeight.from_weight(w)
+    decode = {-7: decode_sign_magnitude, -8: decode_two_tables}[code_min]
+    words, tables = (np.asarray(a).astype(object) for a in (f.words, f.tables))
+    expected = np.asarray(w.operand()).view(np.uint8)
+    for tile in range(2):
+        for group in range(2):
+            flat = words[tile, group].reshape(2, 128, 4)  # a thread's two loads of four words
+            for thread in range(128):
+                warp, lane = divmod(thread, 32)
+                table = list(tables[group, tile, 8 * warp + lane // 4])
+                for c in range(8):
+                    pair = decode(flat[c // 4, thread, c % 4], table)
+                    for half, bytes_ in enumerate(pair):
+                        row = 64 * tile + 16 * warp + lane // 4 + 8 * half
+                        column = 128 * group + 16 * c + 4 * (lane % 4)
+                        found = np.frombuffer(int(bytes_).to_bytes(4, "little"), np.uint8)
+                        wanted = expected[row, column : column + 4]
+                        # A zero may have either sign.
+                        np.testing.assert_array_equal(found * (found != 0x80), wanted * (wanted != 0x80))
+
+
+@pytest.mark.parametrize(
+    ("shape", "numerics", "message"),
+    [((64, 256), "exact", "expected lut numerics"), ((96, 256), "lut", "N must be a multiple of 64")],
+)
+def test_what_the_kernel_cannot_take_is_refused(shape: tuple[int, int], numerics: str, message: str) -> None:
+    packed = jnp.zeros((shape[0], shape[1] // 8), jnp.int32)
+    scale = jnp.ones((shape[0], shape[1] // 128), jnp.bfloat16)
+    with pytest.raises(W4A8Error, match=message):
+        FragmentWeight.from_weight(W4Weight.from_checkpoint(packed, scale, numerics=numerics))

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from pallas_kernels import W4A8Error, W4Weight
+from pallas_kernels import FragmentWeight, W4A8Error, W4Weight, prepare_weight
 from pallas_kernels.weight_format import CODES_PER_WORD, GROUP_SIZE, Numerics
 
 from .config import DecoderConfig
@@ -49,6 +49,7 @@ def load_decoder(
     dtype: Any = jnp.bfloat16,
     scheme: Scheme = "bf16",
     numerics: Numerics = "lut",
+    kernels: bool = False,
 ) -> Decoder:
     """Makes a decoder and fills it, one module at a time.
 
@@ -59,13 +60,14 @@ def load_decoder(
         dtype: of activations and of parameters that are not quantized.
         scheme: how quantized layers compute, "w4a8" or "w4a16"; "bf16" if none is quantized.
         numerics: of quantized weights.
+        kernels: lay weights out for this device's kernels, if it has any.
 
     Raises:
         W4A8Error: a tensor is missing, unknown, or of another shape than the config says; a fused layer is quantized
             in part; a layer is quantized that cannot be.
     """
     decoder = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
-    reader = _Reader(source, dtype, numerics)
+    reader = _Reader(source, dtype, numerics, prepare=kernels and scheme == "w4a8")
     for path, _ in nnx.to_flat_state(nnx.state(decoder, nnx.Param)):
         *parents, attribute = path
         if parents and attribute == "bias":
@@ -117,9 +119,9 @@ def _fill_linear(
 class _Reader:
     """Reads tensors by name, checks their shapes and remembers which were used."""
 
-    def __init__(self, source: TensorSource, dtype: Any, numerics: Numerics):
+    def __init__(self, source: TensorSource, dtype: Any, numerics: Numerics, *, prepare: bool):
         self.source, self.tensors = source, source.tensors
-        self.dtype, self.numerics = dtype, numerics
+        self.dtype, self.numerics, self.prepare = dtype, numerics, prepare
         self.used: set[str] = set()
 
     def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -135,7 +137,7 @@ class _Reader:
         parts = [jnp.asarray(self.read(name, shape), self.dtype) for name, shape in zip(names, shapes, strict=True)]
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
-    def quantized(self, modules: Sequence[str], shapes: Sequence[tuple[int, int]]) -> W4Weight:
+    def quantized(self, modules: Sequence[str], shapes: Sequence[tuple[int, int]]) -> W4Weight | FragmentWeight:
         packed, scales = [], []
         for name, (n, k) in zip(modules, shapes, strict=True):
             packed.append(self.read(f"{name}.weight_packed", (n, k // CODES_PER_WORD)))
@@ -154,9 +156,10 @@ class _Reader:
         words = jnp.asarray(np.concatenate(packed))
         scale = jnp.asarray(np.concatenate(scales))
         try:
-            return W4Weight.from_checkpoint(words, scale, numerics=self.numerics, code_min=_code_min(words))
+            weight = W4Weight.from_checkpoint(words, scale, numerics=self.numerics, code_min=_code_min(words))
         except W4A8Error as error:
             raise W4A8Error(f"{modules[0]}: {error}") from None
+        return prepare_weight(weight) if self.prepare else weight
 
     def check_all_used(self, *, tied: bool) -> None:
         unknown = [name for name in self.tensors if name not in self.used and not IGNORED.search(name)]

@@ -3,17 +3,21 @@
 from .activations import quantize_activations
 from .dequantize import lut_levels
 from .errors import W4A8Error
-from .ops import w4a8_matmul, w4a8_ragged_matmul, w4a16_matmul
+from .fragments import FragmentWeight
+from .ops import backend, prepare_weight, w4a8_matmul, w4a8_ragged_matmul, w4a16_matmul
 from .rounding import to_e4m3
 from .weight_format import GROUP_SIZE, W4Weight, convert_scales, pack_codes, unpack_codes
 
 __all__ = [
     "GROUP_SIZE",
+    "FragmentWeight",
     "W4A8Error",
     "W4Weight",
+    "backend",
     "convert_scales",
     "lut_levels",
     "pack_codes",
+    "prepare_weight",
     "quantize_activations",
     "to_e4m3",
     "unpack_codes",

@@ -1,25 +1,49 @@
 """The matrix products that models call: they check, choose an implementation and define gradients."""
 
+import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from . import reference
+from . import reference, tuning
+from .activations import quantize_activations
+from .dense_gemm import dense_gemm
 from .errors import W4A8Error
+from .fragments import FragmentWeight
 from .rounding import round_to
-from .weight_format import W4Weight
+from .weight_format import GROUP_SIZE, W4Weight
 
 
-def w4a8_matmul(x: Float[Array, "... K"], w: W4Weight, *, out_dtype: Any = jnp.bfloat16) -> Float[Array, "... N"]:
+def backend() -> Literal["hopper", "reference"]:
+    """What computes W4A8 products on JAX's default device: kernels for Hopper GPUs, or the reference in plain jnp."""
+    return "hopper" if tuning.hopper() else "reference"
+
+
+def prepare_weight(w: W4Weight) -> W4Weight | FragmentWeight:
+    """The weight in the layout that the default device's kernel takes; as it is where none takes it.
+
+    Kernels take "lut" numerics in groups of 128, N and K multiples of 128. Worth doing once, when a model is loaded.
+    """
+    fits = w.numerics == "lut" and len(w.shape) == 2 and w.group_size == GROUP_SIZE and tuning.takes(*w.shape)
+    return _to_fragments(w) if fits and tuning.hopper() else w
+
+
+# Under jit, so that the codes are never unpacked in memory as a whole.
+_to_fragments = jax.jit(FragmentWeight.from_weight)
+
+
+def w4a8_matmul(
+    x: Float[Array, "... K"], w: W4Weight | FragmentWeight, *, out_dtype: Any = jnp.bfloat16
+) -> Float[Array, "... N"]:
     """`x @ w.T` with INT4 weights and FP8 activations, accumulated in fp32.
 
     Args:
         x: [..., K], any float dtype; quantized to FP8 per token.
-        w: [N, K], in "lut" or "exact" numerics.
+        w: [N, K], in "lut" or "exact" numerics; a `FragmentWeight`, from `prepare_weight`, runs on the kernel.
         out_dtype: dtype of the result, rounded once from fp32.
 
     Returns:
@@ -29,9 +53,11 @@ def w4a8_matmul(x: Float[Array, "... K"], w: W4Weight, *, out_dtype: Any = jnp.b
         W4A8Error: shapes or dtypes do not fit.
 
     The gradient is straight-through: x receives `g @ (w8 * channel_scale)` as if it had not been quantized, and
-    channel_scale its true gradient; codes and group scales are constants.
+    channel_scale its true gradient; codes and group scales are constants. A `FragmentWeight` has no gradient.
     """
     _check(x, w, 2)
+    if isinstance(w, FragmentWeight):
+        return _kernel(x, w).astype(out_dtype)
     return round_to(_w4a8(x, w), out_dtype)
 
 
@@ -67,8 +93,8 @@ def w4a8_ragged_matmul(
     return round_to(reference.ragged_matmul(x, w, group_sizes), out_dtype)
 
 
-def _check(x: Array, w: W4Weight, rank: int) -> None:
-    if not isinstance(w, W4Weight):
+def _check(x: Array, w: W4Weight | FragmentWeight, rank: int) -> None:
+    if not (isinstance(w, W4Weight) or (rank == 2 and isinstance(w, FragmentWeight))):
         raise W4A8Error(f"w: expected a W4Weight, found {type(w).__name__}")
     if len(w.shape) != rank:
         raise W4A8Error(f"w: expected {['[N, K]', '[E, N, K]'][rank - 2]}, found {list(w.shape)}")
@@ -76,6 +102,24 @@ def _check(x: Array, w: W4Weight, rank: int) -> None:
         raise W4A8Error(f"x: expected a float dtype, found {x.dtype}")
     if x.ndim == 0 or x.shape[-1] != w.shape[-1]:
         raise W4A8Error(f"x: expected [..., {w.shape[-1]}] to fit w {list(w.shape)}, found {list(x.shape)}")
+
+
+@jax.custom_vjp
+def _kernel(x: Array, w: FragmentWeight) -> Array:
+    *lead, k = x.shape
+    m = math.prod(lead)
+    x = x.reshape(m, k)
+    if m > 8 and m % 8:
+        x = jnp.pad(x, ((0, -m % 8), (0, 0)))  # the copy engine's tiles are of 8 tokens
+    out = dense_gemm(*quantize_activations(x), w, tuning.heuristic(m, w.shape[0]))
+    return out[:m].reshape(*lead, w.shape[0])
+
+
+def _kernel_forward(x: Array, w: FragmentWeight) -> tuple[Array, None]:
+    raise W4A8Error("w: a FragmentWeight has no gradient; use the W4Weight that it was made from")
+
+
+_kernel.defvjp(_kernel_forward, lambda saved, g: (g, saved))
 
 
 @jax.custom_vjp

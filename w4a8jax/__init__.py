@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from models.sampling import SamplingParams as SamplingParams
     from pallas_kernels import W4A8Error as W4A8Error
     from pallas_kernels import W4Weight as W4Weight
+    from pallas_kernels import backend as backend
     from pallas_kernels import quantize_activations as quantize_activations
     from pallas_kernels import w4a8_matmul as w4a8_matmul
     from pallas_kernels import w4a8_ragged_matmul as w4a8_ragged_matmul
@@ -53,6 +54,7 @@ _EXPORTS = {
     "Verification": "w4a8jax.verification",
     "W4A8Error": "pallas_kernels.errors",
     "W4Weight": "pallas_kernels",
+    "backend": "pallas_kernels",
     "compare": "w4a8jax.evaluation",
     "evaluate": "w4a8jax.evaluation",
     "inspect": "w4a8jax.inspection",

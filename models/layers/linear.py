@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels import W4Weight, w4a8_matmul, w4a16_matmul
+from pallas_kernels import FragmentWeight, W4Weight, w4a8_matmul, w4a16_matmul
 
 _LARGE = 2**22  # weights of a layer; smaller ones are fast rather than frugal
 
@@ -18,8 +18,9 @@ Scheme = Literal["bf16", "w4a8", "w4a16"]
 class Linear(nnx.Module):
     """`y = x @ weight.T + bias`, with the weight [N, K] as Hugging Face stores it.
 
-    `weight` holds a float array, or a `W4Weight` once a quantized checkpoint is loaded; then `scheme` says whether
-    activations are quantized too ("w4a8") or only weights ("w4a16"). "bf16" stands for any float weight.
+    `weight` holds a float array, or once a quantized checkpoint is loaded a `W4Weight` or its layout for a kernel; then
+    `scheme` says whether activations are quantized too ("w4a8") or only weights ("w4a16"). "bf16" stands for any float
+    weight.
     """
 
     def __init__(self, k: int, n: int, *, use_bias: bool = False, param_dtype: Any = jnp.bfloat16, rngs: nnx.Rngs):
@@ -29,12 +30,12 @@ class Linear(nnx.Module):
         self.scheme: Scheme = "bf16"
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
-        weight = self.weight.get_value()
+        weight: Any = self.weight.get_value()
         if math.prod(weight.shape) >= _LARGE and jax.default_backend() == "cpu":
             # Else XLA widens all layers' weights to fp32 before it computes the first, and holds them all.
             weight, x = jax.lax.optimization_barrier((weight, x))
-        if isinstance(weight, W4Weight):
-            matmul = {"w4a8": w4a8_matmul, "w4a16": w4a16_matmul}[self.scheme]
+        if isinstance(weight, W4Weight | FragmentWeight):
+            matmul: Any = {"w4a8": w4a8_matmul, "w4a16": w4a16_matmul}[self.scheme]
             y = matmul(x, weight, out_dtype=x.dtype)
         else:
             y = x @ weight.astype(x.dtype).T

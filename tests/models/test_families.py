@@ -1,4 +1,4 @@
-"""From Hugging Face configs to `DecoderConfig`: what matters of configs as their authors publish them, and mistakes."""
+"""From Hugging Face configs to `DecoderConfig`: the keys that matter of well-known models, and mistakes."""
 
 from __future__ import annotations
 

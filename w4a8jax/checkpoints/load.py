@@ -27,6 +27,7 @@ def load(
     numerics: Numerics | None = None,
     dtype: str = "bfloat16",
     max_context: int | None = None,
+    kernels: bool = False,
 ) -> LanguageModel:
     """Loads a Hugging Face checkpoint, quantized or not, onto the default device, a module at a time.
 
@@ -37,6 +38,7 @@ def load(
             by default "lut" for w4a8 and "exact" for w4a16, whose kernels round neither.
         dtype: of activations and unquantized parameters: "bfloat16", "float16" or "float32".
         max_context: the longest prompt and continuation together, in tokens; by default what the model allows.
+        kernels: run on this device's kernels where it has any (see `w4a8jax.backend`); early, hence not the default.
 
     Returns:
         The model; its tokenizer is None if the checkpoint has none.
@@ -58,6 +60,7 @@ def load(
         dtype=dtype,
         scheme=scheme,
         numerics=numerics or ("lut" if scheme == "w4a8" else "exact"),
+        kernels=kernels,
     )
     return LanguageModel(
         decoder,

@@ -34,6 +34,13 @@ NumericsOption = Annotated[
         "Default: lut for w4a8, exact for w4a16.",
     ),
 ]
+KernelsOption = Annotated[
+    bool,
+    typer.Option(
+        "--kernels/--no-kernels",
+        help="Run on the kernels for Hopper GPUs, where there is one; early, hence not the default.",
+    ),
+]
 DTypeOption = Annotated[DType, typer.Option("--dtype", help="Of activations and of weights that are not quantized.")]
 ContextOption = Annotated[
     int | None,
@@ -49,12 +56,15 @@ def load_model(
     numerics: Numerics | None,
     dtype: DType = "bfloat16",
     max_context: int | None = None,
+    kernels: bool = False,
 ) -> LanguageModel:
     """Loads a model, saying so on a terminal's stderr."""
     import w4a8jax
 
     with status(f"loading {path}"):
-        return w4a8jax.load(path, scheme=scheme, numerics=numerics, dtype=dtype, max_context=max_context)
+        return w4a8jax.load(
+            path, scheme=scheme, numerics=numerics, dtype=dtype, max_context=max_context, kernels=kernels
+        )
 
 
 def read_text(path: str, option: str) -> str:

@@ -10,6 +10,7 @@ from .common import (
     ContextOption,
     DTypeOption,
     JsonOption,
+    KernelsOption,
     Model,
     NumericsOption,
     QuietOption,
@@ -35,6 +36,7 @@ def command(
     ] = None,
     scheme: SchemeOption = None,
     numerics: NumericsOption = None,
+    kernels: KernelsOption = False,
     dtype: DTypeOption = "bfloat16",
     context: ContextOption = None,
     stride: Annotated[
@@ -57,7 +59,7 @@ def command(
     import w4a8jax
 
     chosen = w4a8jax.reference_text("test") if text is None else read_text(text, "--text")
-    loaded = load_model(model, scheme, numerics, dtype)
+    loaded = load_model(model, scheme, numerics, dtype, kernels=kernels)
     options = {"context": context, "stride": stride, "batch": batch, "max_tokens": max_tokens}
     if against is None:
         with progress_bar(quiet or json) as bar:

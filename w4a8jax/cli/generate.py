@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import DTypeOption, JsonOption, Model, NumericsOption, QuietOption, SchemeOption, load_model, read_text
+from .common import (
+    DTypeOption,
+    JsonOption,
+    KernelsOption,
+    Model,
+    NumericsOption,
+    QuietOption,
+    SchemeOption,
+    load_model,
+    read_text,
+)
 
 if TYPE_CHECKING:
     from ..language_model import GenerationResult, LanguageModel
@@ -50,6 +60,7 @@ def command(
     ] = None,
     scheme: SchemeOption = None,
     numerics: NumericsOption = None,
+    kernels: KernelsOption = False,
     dtype: DTypeOption = "bfloat16",
     max_context: Annotated[
         int | None,
@@ -72,7 +83,7 @@ def command(
         raise W4A8Error("--json: needs --prompt")
     if prompt == "-":
         prompt = read_text("-", "--prompt").removesuffix("\n")
-    loaded = load_model(model, scheme, numerics, dtype, max_context)
+    loaded = load_model(model, scheme, numerics, dtype, max_context, kernels)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options: dict[str, Any] = {
         "max_new_tokens": max_tokens,

@@ -1,0 +1,47 @@
+"""Models on a Hopper GPU: the kernel beside the reference."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import w4a8jax
+from pallas_kernels import FragmentWeight, W4Weight, backend, prepare_weight
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(backend() != "hopper", reason="no Hopper GPU")]
+
+
+@pytest.mark.parametrize("m", [1, 9, 64, 65, 129, 1024])
+@pytest.mark.parametrize("shape", [(128, 128), (384, 640)])
+def test_op_for_any_number_of_tokens(m: int, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(m)
+    packed = jnp.asarray(rng.integers(-(2**31), 2**31, (shape[0], shape[1] // 8)), jnp.int32)
+    scale = jnp.asarray(np.exp2(rng.uniform(-9, -5, (shape[0], shape[1] // 128))), jnp.bfloat16)
+    w = W4Weight.from_checkpoint(packed, scale)
+    kernel = prepare_weight(w)
+    assert isinstance(kernel, FragmentWeight)
+    x = jnp.asarray(rng.standard_normal((m, shape[1])), jnp.bfloat16)
+    expected = jax.jit(partial(w4a8jax.w4a8_matmul, out_dtype=jnp.float32))(x, w)
+    found = jax.jit(w4a8jax.w4a8_matmul)(x, kernel).astype(jnp.float32)
+    assert found.shape == expected.shape
+    assert jnp.linalg.norm(found - expected) < 2e-3 * jnp.linalg.norm(expected)
+
+
+def test_reference_model_generates_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "w4a8"
+    w4a8jax.quantize(w4a8jax.reference_model("dense"), path, search="none", progress=False)
+    prompts = ["import os\nimport sys", "class Stack:\n    def __init__(self):\n        self.items = []", "def main("]
+    greedy = w4a8jax.SamplingParams(temperature=0.0)
+    runs = {}
+    for kernels in (True, False):
+        model = w4a8jax.load(path, kernels=kernels)
+        weight = model.decoder.layers[0].mlp.down.weight.get_value()
+        assert isinstance(weight, FragmentWeight if kernels else W4Weight)
+        evaluation = w4a8jax.evaluate(model, w4a8jax.reference_text("test"), max_tokens=4096)
+        runs[kernels] = [r.tokens for r in model.generate(prompts, max_new_tokens=64, sampling=greedy)], evaluation
+    print(runs[True][1].perplexity, runs[False][1].perplexity)
+    assert runs[True][1].perplexity == pytest.approx(runs[False][1].perplexity, rel=1e-3)
+    assert runs[True][0] == runs[False][0]

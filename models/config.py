@@ -13,7 +13,8 @@ class RopeConfig:
     Attributes:
         theta: base of the frequencies.
         interleaved: pairs are (0, 1), (2, 3), ... (Cohere) rather than (0, D/2), (1, D/2 + 1), ... (Llama).
-        kind: Hugging Face's `rope_type`: "default", "linear", "dynamic", "yarn", "longrope" or "llama3".
+        kind: Hugging Face's `rope_type`: "default", "linear", "dynamic", "yarn", "longrope" or "llama3". "dynamic"
+            scales only beyond the model's `max_context`, so that generation, which ends there, never meets it.
         scaling: the other keys of Hugging Face's `rope_parameters`, sorted, lists as tuples.
     """
 

@@ -36,7 +36,8 @@ def load(
         scheme: how quantized layers compute: "w4a8" or "w4a16"; by default as the checkpoint says.
         numerics: "lut", the arithmetic of vLLM's W4A8 kernel, or "exact", without its scale and product roundings;
             by default "lut" for w4a8 and "exact" for w4a16, whose kernels round neither.
-        dtype: of activations and unquantized parameters: "bfloat16", "float16" or "float32".
+        dtype: of activations and unquantized parameters: "bfloat16", "float16" or "float32". Quantized layers round
+            activations to FP8 (w4a8) or bf16 (w4a16) whatever it is.
         max_context: the longest prompt and continuation together, in tokens; by default what the model allows.
         kernels: run on this device's kernels where it has any (see `w4a8jax.backend`); early, hence not the default.
 

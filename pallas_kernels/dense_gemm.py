@@ -83,6 +83,9 @@ def dense_gemm(
     (m, k), (n, w_k) = x8.shape, w.shape
     if k != w_k or n % config.tile_rows:
         raise W4A8Error(f"kernel: x [{m}, {k}] and w [{n}, {w_k}] do not fit, or not tiles of {config.tile_rows} rows")
+    if config.row_blocks < 2:
+        # With one, the next block's weights would be written to registers that a wgmma in flight still reads.
+        raise W4A8Error(f"kernel: row_blocks must be at least 2, found {config}")
     if config.shared_memory > _SHARED_MEMORY:
         raise W4A8Error(f"kernel: {config} needs {config.shared_memory} bytes of shared memory; {_SHARED_MEMORY} exist")
     k_steps, blocks = k // TILE_COLUMNS, config.row_blocks * config.warpgroups

@@ -55,7 +55,11 @@ class TestOnGpu:
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [(TuningConfig(16, 2, 3), "tiles of 384 rows"), (TuningConfig(128, 2, 2, 8), "bytes of shared memory")],
+    [
+        (TuningConfig(16, 2, 3), "tiles of 384 rows"),
+        (TuningConfig(128, 2, 2, 8), "bytes of shared memory"),
+        (TuningConfig(16, 1), "row_blocks must be"),
+    ],
 )
 def test_configs_that_do_not_fit_are_refused(config: TuningConfig, message: str) -> None:
     f = FragmentWeight.from_weight(weight_of(*random_checkpoint(0, 256, 256, code_min=-7), code_min=-7))

@@ -3,7 +3,8 @@
     python experiments/gemm_probe.py OUT.json
 
 Checks every dequantized operand bit for bit and products against float64, then times configurations with CUPTI beside
-XLA's FP8 and bf16 products (cuBLAS) on random data, rotating inputs past the L2 cache.
+XLA's FP8 and bf16 products (cuBLAS, without scales) on random data. Our weights exceed the L2 cache or are rotated past
+it; the operands of the others are one set, larger than the cache.
 """
 
 import datetime
@@ -94,7 +95,11 @@ def main(path: str) -> None:
     print(jax.devices()[0].device_kind, flush=True)
     lines = check(rng)
     print("\n".join(lines), flush=True)
-    record = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "jax": jax.__version__}
+    record = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "jax": jax.__version__,
+        "command": "python experiments/gemm_probe.py OUT.json",
+    }
     record |= {"device": jax.devices()[0].device_kind, "checks": lines, "times": []}
     key = jax.random.key(0)
     source = jnp.asarray(rng.standard_normal(2**28), jnp.float32)

@@ -27,8 +27,8 @@ TILE_ROWS, TILE_COLUMNS = 64, 128
 
 Form = Literal["sign_magnitude", "two_tables"]
 
-# |code| whose products make up a row's table: 8 bytes, looked up by PRMT.
-TABLE_CODES = {"sign_magnitude": (0, 1, 2, 3, 4, 5, 6, 7), "two_tables": (8, 1, 2, 3, 4, 5, 6, 7)}
+# Codes whose products with the group scale, without sign, make up a row's table of 8 bytes, looked up by PRMT.
+TABLE_CODES = {"sign_magnitude": (0, 1, 2, 3, 4, 5, 6, 7), "two_tables": (-8, 1, 2, 3, 4, 5, 6, 7)}
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +39,8 @@ class FragmentWeight:
     Attributes:
         words: uint32 [N/64, K/128, 4, 256], codes in fragment order.
         tables: uint32 [K/128, N/64, 32, 4]; for each group and pair of rows (r, r + 8) of a tile, pair 8 w + r % 8 of
-            warp w: the 8 bytes of row r and the 8 of row r + 8, e4m3 products of the group scale with `TABLE_CODES`.
+            warp w: the 8 bytes of row r and the 8 of row r + 8, magnitudes of the e4m3 products of the group scale
+            with `TABLE_CODES`.
         channel_scale: fp32 [N].
         form: how words hold codes; static.
     """
@@ -89,12 +90,8 @@ def fragment_words(codes: Int[Array, "N K"], form: Form) -> UInt[Array, "N/64 K/
 def fragment_tables(group_scale: Float[Array, "N G"], form: Form) -> UInt[Array, "G N/64 32 4"]:
     """The lookup tables of all rows and groups, two words a row."""
     n, groups = group_scale.shape
-    levels = lut_levels(group_scale)[
-        ..., jnp.asarray(TABLE_CODES[form]) % 16 + 8 - 16 * (jnp.asarray(TABLE_CODES[form]) > 7)
-    ]
-    if form == "two_tables":
-        # The level of code -8 is negative; the table wants its magnitude.
-        levels = jnp.abs(levels.astype(jnp.float32)).astype(levels.dtype)
+    levels = lut_levels(group_scale)[..., jnp.asarray(TABLE_CODES[form]) + 8]
+    levels = jnp.abs(levels.astype(jnp.float32)).astype(levels.dtype)
     words = jax.lax.bitcast_convert_type(
         jax.lax.bitcast_convert_type(levels, jnp.uint8).reshape(n, groups, 2, 4), jnp.uint32
     )

@@ -42,6 +42,5 @@ def test_reference_model_generates_the_same(tmp_path: Path) -> None:
         assert isinstance(weight, FragmentWeight if kernels else W4Weight)
         evaluation = w4a8jax.evaluate(model, w4a8jax.reference_text("test"), max_tokens=4096)
         runs[kernels] = [r.tokens for r in model.generate(prompts, max_new_tokens=64, sampling=greedy)], evaluation
-    print(runs[True][1].perplexity, runs[False][1].perplexity)
     assert runs[True][1].perplexity == pytest.approx(runs[False][1].perplexity, rel=1e-3)
     assert runs[True][0] == runs[False][0]

@@ -7,10 +7,12 @@ help:
 	@echo "make demo       quantize the reference model, run it, measure it"
 	@echo "make test       the tests"
 	@echo "make lint       ruff and mypy"
+	@echo "make sass       what the compiled kernels execute, for each configuration"
 	@echo "make test-vllm  vLLM's own loader on our exports (builds a 6 GB environment, once)"
 	@echo "make clean      remove environments and caches"
 
 include tests/oracle/oracle.mk
+include tests/sass/sass.mk
 include tests/vllm/vllm.mk
 
 $(READY): pyproject.toml
@@ -22,7 +24,7 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/python experiments/demo.py
 
-test: $(READY) oracle-env
+test: $(READY) oracle-env sass-env
 	$(BIN)/python -m pytest -m "not vllm" --durations=10
 
 lint: $(READY)
@@ -33,4 +35,4 @@ lint: $(READY)
 test-oracle test-vllm: $(READY)
 
 clean:
-	rm -rf .venv .venv-oracle .venv-vllm demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oracle .venv-sass .venv-vllm demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache

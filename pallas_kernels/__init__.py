@@ -6,6 +6,7 @@ from .errors import W4A8Error
 from .fragments import FragmentWeight
 from .ops import backend, prepare_weight, w4a8_matmul, w4a8_ragged_matmul, w4a16_matmul
 from .rounding import to_e4m3
+from .tuning import force_config
 from .weight_format import GROUP_SIZE, W4Weight, convert_scales, pack_codes, unpack_codes
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "W4Weight",
     "backend",
     "convert_scales",
+    "force_config",
     "lut_levels",
     "pack_codes",
     "prepare_weight",

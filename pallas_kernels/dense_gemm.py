@@ -5,15 +5,19 @@
 Weights are wgmma's A operand and go through registers, where a table lookup makes them e4m3; activations are its B
 operand, in shared memory. So a tile of the output is computed transposed, rows of weights by tokens.
 
-    memory warpgroup                         compute warpgroups, each 64 * row_blocks rows of the tile
-    for each K step of 128:                  for each K step:
-      wait until the slot is consumed          wait until the slot is full
-      TMA: words, tables, x -> slot            for each row block: words -> registers -> e4m3, wgmma (asynchronous)
-                                               release the slot of the step before
-                                             scale, transpose through shared memory, TMA to the output
+    memory warpgroup                          compute warpgroups, each 64 * row_blocks rows of the tile
+    for each K step of 128:                   for each K step:
+      wait until the slot is consumed           wait until the slot is full
+      TMA: words, scales, x -> slot             for each row block: words -> registers -> e4m3, wgmma (asynchronous)
+      scales of an earlier step, which have     release the slot of the step before
+        arrived -> lookup tables -> slot      scale, transpose through shared memory, TMA to the output
 
 One wgmma is always in flight while the next block is dequantized: each waits for all but itself (`wgmma_wait(1)`). The
 first step is peeled, so that the release in the loop needs no condition, which ptxas would serialize for.
+
+`schedule` says which tiles a block computes. Blocks that share a tile add up through global memory in a fixed order:
+each but the last stores its partial sums in fp32 and counts up, the last waits for the count and adds, lowest block
+first.
 """
 
 import dataclasses
@@ -26,13 +30,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float
 
+from .device_sums import add_partials, signal, store_partial, wait
 from .errors import W4A8Error
-from .fragments import TILE_COLUMNS, TILE_ROWS, FragmentWeight
-from .register_dequantize import F8, TABLES, WORDS, dequantize_tile
+from .fragments import FLAGS, TILE_COLUMNS, TILE_ROWS, FragmentWeight
+from .register_dequantize import F8, TABLES, WORDS, build_tables, dequantize_tile, scale_layout
+from .schedule import Schedule
 
 _SHARED_MEMORY = 227 * 1024
-# Registers of a thread in compute and memory warpgroups, by the number of compute warpgroups.
-_REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}
+# Registers of a thread in compute and memory warpgroups, by the number of compute warpgroups. One has all it can use.
+_REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,8 @@ class TuningConfig:
         row_blocks: blocks of 64 rows that each compute warpgroup holds; at least 2, so that two wgmmas can overlap.
         warpgroups: compute warpgroups, 1 to 3.
         stages: slots of the pipeline.
+        stream_k: whether blocks share the tiles that do not fill the grid.
+        cluster: blocks, 1 or 2, that compute neighbouring rows in step and receive x together.
         ctas: blocks of the grid; one per multiprocessor.
     """
 
@@ -51,6 +59,8 @@ class TuningConfig:
     row_blocks: int = 2
     warpgroups: int = 2
     stages: int = 4
+    stream_k: bool = False
+    cluster: int = 1
     ctas: int = 132
 
     @property
@@ -62,8 +72,24 @@ class TuningConfig:
     def shared_memory(self) -> int:
         """Bytes."""
         blocks = self.row_blocks * self.warpgroups
-        slot = blocks * (TILE_ROWS * TILE_COLUMNS // 2 + 32 * 16) + self.tile_tokens * TILE_COLUMNS
-        return self.stages * slot + blocks * self.tile_tokens * TILE_ROWS * 2 + 1024
+        slot = blocks * (TILE_ROWS * TILE_COLUMNS // 2 + 32 * 16 + TILE_ROWS) + self.tile_tokens * TILE_COLUMNS
+        fixed = blocks * self.tile_tokens * TILE_ROWS * 2 + self.warpgroups * 1024
+        return self.stages * slot + fixed + 1024
+
+    def check(self, n: int, k: int) -> None:
+        """Raises W4A8Error if the config cannot take a weight [N, K]."""
+        blocks = self.row_blocks * self.warpgroups
+        if self.row_blocks < 2 or blocks % 2:
+            # With one, the next block's weights would be written to registers that a wgmma in flight still reads.
+            raise W4A8Error(f"kernel: row_blocks must be at least 2, and even for odd warpgroups, found {self}")
+        if n % (self.tile_rows * self.cluster):
+            raise W4A8Error(f"kernel: N {n} is no multiple of {self.tile_rows * self.cluster} rows, those of {self}")
+        if self.shared_memory > _SHARED_MEMORY:
+            raise W4A8Error(f"kernel: {self} needs {self.shared_memory} bytes of shared memory; {_SHARED_MEMORY} exist")
+        if self.stages < 2 or self.warpgroups not in (1, 2, 3) or self.cluster not in (1, 2):
+            raise W4A8Error(f"kernel: at least 2 stages, 1 to 3 warpgroups and clusters of 1 or 2, found {self}")
+        if self.ctas * self.warpgroups > FLAGS:
+            raise W4A8Error(f"kernel: ctas * warpgroups is at most {FLAGS}, found {self}")
 
 
 def dense_gemm(
@@ -72,125 +98,238 @@ def dense_gemm(
     """The product on a Hopper GPU.
 
     Args:
-        x8: `float8_e4m3fn` [M, K].
+        x8: `float8_e4m3fn` [M, K]; M above 8 must be a multiple of 8.
         token_scale: fp32 [M, 1].
-        w: [N, K]; N must be a multiple of the config's `tile_rows`.
+        w: [N, K]; N must be a multiple of the config's `tile_rows * cluster`.
         config: how to divide the work.
 
     Raises:
         W4A8Error: shapes or the config do not fit.
     """
     (m, k), (n, w_k) = x8.shape, w.shape
-    if k != w_k or n % config.tile_rows:
-        raise W4A8Error(f"kernel: x [{m}, {k}] and w [{n}, {w_k}] do not fit, or not tiles of {config.tile_rows} rows")
-    if config.row_blocks < 2:
-        # With one, the next block's weights would be written to registers that a wgmma in flight still reads.
-        raise W4A8Error(f"kernel: row_blocks must be at least 2, found {config}")
-    if config.shared_memory > _SHARED_MEMORY:
-        raise W4A8Error(f"kernel: {config} needs {config.shared_memory} bytes of shared memory; {_SHARED_MEMORY} exist")
-    k_steps, blocks = k // TILE_COLUMNS, config.row_blocks * config.warpgroups
-    n_tiles, m_tiles = n // config.tile_rows, pl.cdiv(m, config.tile_tokens)
-    # A tile's scales are read whole.
-    token_scale = jnp.pad(token_scale[:, 0], (0, m_tiles * config.tile_tokens - m))
+    if k != w_k:
+        raise W4A8Error(f"kernel: x [{m}, {k}] and w [{n}, {w_k}] do not fit")
+    config.check(n, k)
+    stages, blocks = config.stages, config.row_blocks * config.warpgroups
+    lag = max(stages - 2, 1)  # steps between a copy and the use of its scales
+    n_tiles, m_tiles = n // config.tile_rows // config.cluster, pl.cdiv(m, config.tile_tokens)
+    schedule = Schedule(n_tiles * m_tiles, k // TILE_COLUMNS, config.ctas // config.cluster, config.stream_k)
+    part = next(p for p in (32, 24, 16, 8) if config.tile_tokens % p == 0)
+    # Partial sums of several blocks are loaded at a time, where registers allow.
+    unroll = max(1, min(4, 64 // (config.tile_tokens * config.row_blocks // 2)))
+
+    def following(slot: Any) -> Any:
+        if stages & (stages - 1) == 0:
+            return (slot + 1) & (stages - 1)
+        return jnp.where(slot == stages - 1, 0, slot + 1)
 
     def body(
         words_gmem: Any,
-        tables_gmem: Any,
+        scales_gmem: Any,
         x_gmem: Any,
         channel_scale_gmem: Any,
         token_scale_gmem: Any,
+        flags: Any,
         out_gmem: Any,
+        partials: Any,
         words_smem: Any,
+        scales_smem: Any,
         tables_smem: Any,
         x_smem: Any,
+        token_scale_smem: Any,
         out_smem: Any,
         full: Any,
+        scales_full: Any,
         consumed: Any,
+        token_scale_full: Any,
     ) -> None:
-        warpgroup = lax.axis_index("warpgroup")
+        warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+        rank = lax.axis_index("rank") if config.cluster > 1 else 0
+        block_id = cta * config.cluster + rank
 
-        @plgpu.nd_loop((n_tiles * m_tiles,), collective_axes="cta")
-        def _(loop: plgpu.NDLoopInfo) -> None:
-            n_tile, m_tile = plgpu.planar_snake(loop.index[0], (n_tiles, m_tiles), 1, 8)
-            first = loop.local_index * k_steps
-            tokens = pl.ds(m_tile * config.tile_tokens, config.tile_tokens)
+        def coordinates(tile: Any) -> tuple[Any, Any]:
+            """First row block of the tile, and its first token."""
+            n_tile, m_tile = plgpu.planar_snake(tile, (n_tiles, m_tiles), 1, 8) if m_tiles > 1 else (tile, 0)
+            return (n_tile * config.cluster + rank) * blocks, m_tile * config.tile_tokens
 
-            @pl.when(warpgroup < config.warpgroups)
-            def _() -> None:
+        @pl.when(warpgroup < config.warpgroups)
+        def _() -> None:
+            if config.warpgroups > 1:
                 plgpu.set_max_registers(_REGISTERS[config.warpgroups][0], action="increase")
-                my_blocks = [warpgroup * config.row_blocks + b for b in range(config.row_blocks)]
+            my_blocks = [warpgroup * config.row_blocks + b for b in range(config.row_blocks)]
+
+            def multiply(accumulators: Any, slot: Any, before: Any) -> None:
+                plgpu.barrier_wait(full.at[slot])
+                for i, (block, accumulator) in enumerate(zip(my_blocks, accumulators, strict=True)):
+                    words = plgpu.load(words_smem.at[slot, block], layout=WORDS)
+                    tables = plgpu.load(tables_smem.at[slot, block], layout=TABLES)
+                    plgpu.wgmma(accumulator, dequantize_tile(words, tables, w.form), x_smem.at[slot].T)
+                    plgpu.wgmma_wait(1)
+                    if i == 0 and before is not None:
+                        plgpu.barrier_arrive(consumed.at[before])
+
+            def row_scales(first_block: Any) -> list[Array]:
+                layout = plgpu.Layout.WGMMA.reduce(1)
+                rows = [pl.ds((first_block + block) * TILE_ROWS, TILE_ROWS) for block in my_blocks]
+                return [plgpu.load(channel_scale_gmem, r, layout=layout, optimized=False) for r in rows]
+
+            def epilogue(first_block: Any, first_token: Any, scales: Any, results: Any) -> None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for block, scale_n, result in zip(my_blocks, scales, results, strict=True):
+                    # In parts, so that few token scales are in registers at a time.
+                    for start in range(0, config.tile_tokens, part):
+                        tokens = pl.ds(start, part)
+                        scale_m = plgpu.load(
+                            token_scale_smem.at[warpgroup, tokens], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
+                        )
+                        scaled = lax.broadcast_in_dim(scale_n, (TILE_ROWS, part), (0,)) * (
+                            lax.broadcast_in_dim(scale_m, (TILE_ROWS, part), (1,)) * result[:, start : start + part]
+                        )
+                        out_smem.at[block, tokens].T[...] = plgpu.layout_cast(
+                            scaled.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED
+                        )
+                plgpu.commit_smem()
+                for block in my_blocks:
+                    rows = pl.ds((first_block + block) * TILE_ROWS, TILE_ROWS)
+                    plgpu.copy_smem_to_gmem(
+                        out_smem.at[block], out_gmem.at[pl.ds(first_token, config.tile_tokens), rows]
+                    )
+
+            def segment(index: Any, done: Any) -> Any:
+                tile, low, high = schedule.segment(cta, index)
+                first_block, first_token = coordinates(tile)
+                plgpu.copy_gmem_to_smem(
+                    token_scale_gmem.at[pl.ds(first_token, config.tile_tokens)],
+                    token_scale_smem.at[warpgroup, pl.ds(0, config.tile_tokens)],
+                    token_scale_full.at[warpgroup],
+                )
+
+                scales = row_scales(first_block)
 
                 def accumulate(*accumulators: Any) -> list[Array]:
-                    def step(ki: Any, release: bool) -> None:
-                        slot = lax.rem(first + ki, config.stages)
-                        plgpu.barrier_wait(full.at[slot])
-                        for i, (block, accumulator) in enumerate(zip(my_blocks, accumulators, strict=True)):
-                            words = plgpu.load(words_smem.at[slot, block], layout=WORDS)
-                            tables = plgpu.load(tables_smem.at[slot, block], layout=TABLES)
-                            plgpu.wgmma(accumulator, dequantize_tile(words, tables, w.form), x_smem.at[slot].T)
-                            plgpu.wgmma_wait(1)
-                            if i == 0 and release:
-                                plgpu.barrier_arrive(consumed.at[lax.rem(first + ki - 1, config.stages)])
+                    def step(_: Any, before: Any) -> Any:
+                        slot = following(before)
+                        multiply(accumulators, slot, before)
+                        return slot
 
-                    step(0, False)
-                    pl.loop(1, k_steps)(lambda ki: step(ki, True))
+                    slot = lax.rem(done, stages)
+                    multiply(accumulators, slot, None)
+                    slot = lax.fori_loop(low + 1, high, step, slot)
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(consumed.at[lax.rem(first + k_steps - 1, config.stages)])
+                    plgpu.barrier_arrive(consumed.at[slot])
                     return [accumulator[...] for accumulator in accumulators]
 
                 shapes = [plgpu.ACC((TILE_ROWS, config.tile_tokens))] * config.row_blocks
                 results = pl.run_scoped(accumulate, *shapes)
-                scale_m = plgpu.load(token_scale_gmem, tokens, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for block, result in zip(my_blocks, results, strict=True):
-                    rows = pl.ds(n_tile * config.tile_rows + block * TILE_ROWS, TILE_ROWS)
-                    scale_n = plgpu.load(channel_scale_gmem, rows, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-                    result = lax.broadcast_in_dim(scale_n, result.shape, (0,)) * (
-                        lax.broadcast_in_dim(scale_m, result.shape, (1,)) * result
-                    )
-                    out_smem.at[block].T[...] = plgpu.layout_cast(
-                        result.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED
-                    )
-                plgpu.commit_smem()
-                for block in my_blocks:
-                    rows = pl.ds(n_tile * config.tile_rows + block * TILE_ROWS, TILE_ROWS)
-                    plgpu.copy_smem_to_gmem(out_smem.at[block], out_gmem.at[tokens, rows])
+                plgpu.barrier_wait(token_scale_full.at[warpgroup])
+                if not schedule.splits:
+                    epilogue(first_block, first_token, scales, results)
+                    return done + high - low
 
-            @pl.when(warpgroup == config.warpgroups)
-            def _() -> None:
+                @pl.when(high < schedule.k_steps)
+                def _() -> None:
+                    for b, result in enumerate(results):
+                        store_partial(result, partials.at[block_id, warpgroup, b])
+                    signal(flags.at[(schedule.owner(tile) * config.cluster + rank) * config.warpgroups + warpgroup])
+
+                @pl.when(high == schedule.k_steps)
+                def _() -> None:
+                    first = jnp.where(low > 0, schedule.first_peer(tile), cta)
+                    pl.when(low > 0)(lambda: wait(flags.at[block_id * config.warpgroups + warpgroup], cta - first))
+
+                    def add(i: Any, sums: Any) -> Any:
+                        peers = [first + i * unroll + u for u in range(unroll)]
+                        there = [(peer < cta).astype(jnp.float32) for peer in peers]
+                        slots = [jnp.minimum(peer, cta - 1) * config.cluster + rank for peer in peers]
+                        return tuple(
+                            add_partials(s, [partials.at[slot, warpgroup, b] for slot in slots], there)
+                            for b, s in enumerate(sums)
+                        )
+
+                    steps = (cta - first + unroll - 1) // unroll
+                    epilogue(first_block, first_token, scales, lax.fori_loop(0, steps, add, tuple(results)))
+
+                return done + high - low
+
+            lax.fori_loop(0, schedule.segments(cta), segment, 0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        @pl.when(warpgroup == config.warpgroups)
+        def _() -> None:
+            if config.warpgroups > 1:
                 plgpu.set_max_registers(_REGISTERS[config.warpgroups][1], action="decrease")
 
-                @pl.loop(0, k_steps)
-                def _(ki: Array) -> None:
-                    i = first + ki
-                    slot = lax.rem(i, config.stages)
-                    pl.when(i >= config.stages)(lambda: plgpu.barrier_wait(consumed.at[slot]))
-                    tiles = pl.ds(n_tile * blocks, blocks)
-                    plgpu.copy_gmem_to_smem(words_gmem.at[tiles, ki], words_smem.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(tables_gmem.at[ki, tiles], tables_smem.at[slot], full.at[slot])
-                    columns = pl.ds(ki * TILE_COLUMNS, TILE_COLUMNS)
-                    plgpu.copy_gmem_to_smem(x_gmem.at[tokens, columns], x_smem.at[slot], full.at[slot])
+            def tables(i: Any) -> None:
+                slot = lax.rem(i, stages)
+                plgpu.barrier_wait(scales_full.at[slot])
+                scales = plgpu.load(scales_smem.at[slot], layout=scale_layout(blocks))
+                tables_smem[slot] = build_tables(scales, w.form)
+                plgpu.barrier_arrive(full.at[slot])
 
-        pl.when(warpgroup < config.warpgroups)(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
+            def segment(index: Any, done: Any) -> Any:
+                tile, low, high = schedule.segment(cta, index)
+                first_block, first_token = coordinates(tile)
+                rows = pl.ds(first_block, blocks)
+
+                @pl.loop(low, high)
+                def _(ki: Array) -> None:
+                    i = done + ki - low
+                    slot = lax.rem(i, stages)
+                    pl.when(i >= stages)(lambda: plgpu.barrier_wait(consumed.at[slot]))
+                    plgpu.copy_gmem_to_smem(words_gmem.at[rows, ki], words_smem.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(scales_gmem.at[rows, ki], scales_smem.at[slot], scales_full.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        x_gmem.at[pl.ds(first_token, config.tile_tokens), pl.ds(ki * TILE_COLUMNS, TILE_COLUMNS)],
+                        x_smem.at[slot],
+                        full.at[slot],
+                        collective_axes="rank" if config.cluster > 1 else None,
+                    )
+                    pl.when(i >= lag)(lambda: tables(i - lag))
+
+                return done + high - low
+
+            steps = lax.fori_loop(0, schedule.segments(cta), segment, 0)
+            pl.loop(jnp.maximum(steps - lag, 0), steps)(tables)
+            if config.cluster > 1:
+                # The other block of the cluster still signals this one's barriers.
+                pl.loop(jnp.maximum(steps - stages, 0), steps)(
+                    lambda i: plgpu.barrier_wait(consumed.at[lax.rem(i, stages)])
+                )
 
     def tiled(minor: int) -> tuple[plgpu.Transform, ...]:
         return plgpu.TilingTransform((8, minor)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]
 
+    cluster: dict[str, Any] = {"cluster": (config.cluster,), "cluster_names": ("rank",)} if config.cluster > 1 else {}
+    arrivals: dict[str, Any] = {"num_barriers": stages, "num_arrivals": config.warpgroups}
+    sharers = schedule.grid * config.cluster if schedule.splits else 1
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((m, n), jnp.bfloat16),
-        grid=(config.ctas,),
+        out_type=(
+            jax.ShapeDtypeStruct((m, n), jnp.bfloat16),
+            jax.ShapeDtypeStruct(
+                (sharers, config.warpgroups, config.row_blocks, TILE_ROWS * config.tile_tokens), jnp.float32
+            ),
+        ),
+        grid=(schedule.grid,),
         grid_names=("cta",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         scratch_types={
-            "words_smem": plgpu.SMEM((config.stages, blocks, 4, 256), jnp.uint32),
-            "tables_smem": plgpu.SMEM((config.stages, blocks, 32, 4), jnp.uint32),
-            "x_smem": plgpu.SMEM((config.stages, config.tile_tokens, TILE_COLUMNS), F8, transforms=tiled(128)),
+            "words_smem": plgpu.SMEM((stages, blocks, 4, 256), jnp.uint32),
+            "scales_smem": plgpu.SMEM((stages, blocks, 64), jnp.uint8),
+            "tables_smem": plgpu.SMEM((stages, blocks, 32, 4), jnp.uint32),
+            "x_smem": plgpu.SMEM((stages, config.tile_tokens, TILE_COLUMNS), F8, transforms=tiled(128)),
+            "token_scale_smem": plgpu.SMEM((config.warpgroups, pl.cdiv(config.tile_tokens, 32) * 32), jnp.float32),
             "out_smem": plgpu.SMEM((blocks, config.tile_tokens, TILE_ROWS), jnp.bfloat16, transforms=tiled(64)),
-            "full": plgpu.Barrier(num_barriers=config.stages, num_arrivals=3),
-            "consumed": plgpu.Barrier(num_barriers=config.stages, num_arrivals=config.warpgroups),
+            "full": plgpu.Barrier(num_barriers=stages, num_arrivals=3),
+            "scales_full": plgpu.Barrier(num_barriers=stages),
+            "consumed": plgpu.ClusterBarrier(collective_axes=("rank",), **arrivals)
+            if config.cluster > 1
+            else plgpu.Barrier(**arrivals),
+            "token_scale_full": plgpu.Barrier(num_barriers=config.warpgroups),
         },
+        **cluster,
     )
-    return kernel(w.words, w.tables, x8, w.channel_scale, token_scale)
+    out, _ = kernel(w.words, w.scales, x8, w.channel_scale, token_scale[:, 0], w.flags)
+    return out

@@ -1,4 +1,4 @@
-"""The kernels' layout of a weight: codes in the order of the tensor core's registers, with lookup tables.
+"""The kernels' layout of a weight: codes in the order of the tensor core's registers.
 
 A tile of 64 x 128 weights is 1024 words of 8 codes. Thread t = 32 w + l of a warpgroup holds, for column tile c in 0..7
 and half h in 0..1, the weights of row 16 w + l // 4 + 8 h and columns 16 c + 4 (l % 4) + 0..3: the A operand of
@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
-from .dequantize import lut_levels
 from .errors import W4A8Error
 from .weight_format import W4Weight
 
@@ -27,8 +26,7 @@ TILE_ROWS, TILE_COLUMNS = 64, 128
 
 Form = Literal["sign_magnitude", "two_tables"]
 
-# Codes whose products with the group scale, without sign, make up a row's table of 8 bytes, looked up by PRMT.
-TABLE_CODES = {"sign_magnitude": (0, 1, 2, 3, 4, 5, 6, 7), "two_tables": (-8, 1, 2, 3, 4, 5, 6, 7)}
+FLAGS = 1024  # more than blocks times warpgroups
 
 
 @jax.tree_util.register_dataclass
@@ -38,16 +36,18 @@ class FragmentWeight:
 
     Attributes:
         words: uint32 [N/64, K/128, 4, 256], codes in fragment order.
-        tables: uint32 [K/128, N/64, 32, 4]; for each group and pair of rows (r, r + 8) of a tile, pair 8 w + r % 8 of
-            warp w: the 8 bytes of row r and the 8 of row r + 8, magnitudes of the e4m3 products of the group scale
-            with `TABLE_CODES`.
+        scales: uint8 [N/64, K/128, 64], the group scales' e4m3 bytes, not negative; row 16 w + 8 h + r of a tile (r in
+            0..7) is at 16 w + 2 r + h.
         channel_scale: fp32 [N].
+        flags: int32 [FLAGS], zeros: where blocks of the kernel that share a tile signal each other. The kernel leaves
+            zeros, so that it needs no clearing before each run.
         form: how words hold codes; static.
     """
 
     words: Any
-    tables: Any
+    scales: Any
     channel_scale: Any
+    flags: Any
     form: Form = dataclasses.field(default="sign_magnitude", metadata={"static": True})
 
     @classmethod
@@ -62,7 +62,8 @@ class FragmentWeight:
         if w.shape[0] % TILE_ROWS or w.shape[1] % TILE_COLUMNS:
             raise W4A8Error(f"kernel: N must be a multiple of 64 and K of 128, found {list(w.shape)}")
         form: Form = "sign_magnitude" if w.code_min == -7 else "two_tables"
-        return cls(fragment_words(w.codes, form), fragment_tables(w.group_scale, form), w.channel_scale, form)
+        flags = jnp.zeros(FLAGS, jnp.int32)
+        return cls(fragment_words(w.codes, form), fragment_scales(w.group_scale), w.channel_scale, flags, form)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,14 +88,9 @@ def fragment_words(codes: Int[Array, "N K"], form: Form) -> UInt[Array, "N/64 K/
     return jnp.sum(bits, axis=-1, dtype=jnp.uint32)
 
 
-def fragment_tables(group_scale: Float[Array, "N G"], form: Form) -> UInt[Array, "G N/64 32 4"]:
-    """The lookup tables of all rows and groups, two words a row."""
+def fragment_scales(group_scale: Float[Array, "N G"]) -> UInt[Array, "N/64 G 64"]:
+    """The bytes of `float8_e4m3fn` group scales, in the order of `FragmentWeight.scales`."""
     n, groups = group_scale.shape
-    levels = lut_levels(group_scale)[..., jnp.asarray(TABLE_CODES[form]) + 8]
-    levels = jnp.abs(levels.astype(jnp.float32)).astype(levels.dtype)
-    words = jax.lax.bitcast_convert_type(
-        jax.lax.bitcast_convert_type(levels, jnp.uint8).reshape(n, groups, 2, 4), jnp.uint32
-    )
-    # row = 64 tile + 16 warp + 8 half + lane row -> group, tile, (warp, lane row), (half, word)
-    words = words.reshape(n // 64, 4, 2, 8, groups, 2).transpose(4, 0, 1, 3, 2, 5)
-    return words.reshape(groups, n // 64, 32, 4)
+    # row = 64 tile + 16 warp + 8 half + r -> tile, group, (warp, r, half)
+    scale = jax.lax.bitcast_convert_type(group_scale, jnp.uint8).reshape(n // 64, 4, 2, 8, groups)
+    return scale.transpose(0, 4, 1, 3, 2).reshape(n // 64, groups, 64)

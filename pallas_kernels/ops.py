@@ -108,10 +108,10 @@ def _check(x: Array, w: W4Weight | FragmentWeight, rank: int) -> None:
 def _kernel(x: Array, w: FragmentWeight) -> Array:
     *lead, k = x.shape
     m = math.prod(lead)
-    x = x.reshape(m, k)
+    x8, token_scale = quantize_activations(x.reshape(m, k))
     if m > 8 and m % 8:
-        x = jnp.pad(x, ((0, -m % 8), (0, 0)))  # the copy engine's tiles are of 8 tokens
-    out = dense_gemm(*quantize_activations(x), w, tuning.heuristic(m, w.shape[0]))
+        x8 = jnp.pad(x8, ((0, -m % 8), (0, 0)))  # the copy engine's tiles are of 8 tokens
+    out = dense_gemm(x8, token_scale, w, tuning.choose(m, *w.shape, w.form))
     return out[:m].reshape(*lead, w.shape[0])
 
 

@@ -1,7 +1,7 @@
 """INT4 to e4m3 in the registers of a warpgroup, ready to be the A operand of wgmma.
 
 Seven instructions turn a word of eight codes -7..7 into eight bytes, nine do it for codes -8..7; vLLM's kernel spends
-about twice that. The words and tables are those of `fragments`.
+about twice that. The words are those of `fragments`; the tables, of 8 bytes a row and group, are made from its scales.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from .fragments import Form
 
@@ -47,7 +47,7 @@ _WORD = {
         prmt.b32 d, $9, $10, masked_high;
         xor.b32 $1, c, d; }""",
 }
-# Once a group and row, what the word form needs from the stored table L = (8, 1, 2, 3) s, H = (4, 5, 6, 7) s:
+# Once a group and row, what the word form needs from the table L = (8, 1, 2, 3) s, H = (4, 5, 6, 7) s:
 # S = ((L & 0xFFFFFF00) ^ H, L ^ H), T = (H, -H). lop3's 0x6a is (a & b) ^ c.
 _ROW = {
     "two_tables": """{ mov.b32 $2, $5;
@@ -55,6 +55,62 @@ _ROW = {
         xor.b32 $1, $4, $5;
         lop3.b32 $0, $4, 0xffffff00, $5, 0x6a; }""",
 }
+# A row's table from its scale's e4m3 byte s ($2): products in fp16, which are exact, then one rounding to e4m3. The
+# constants are codes in fp16, two a register.
+_TABLE = """{{ .reg .b32 s, a, b, c, d; .reg .b16 low, high, a8, b8, c8, d8;
+        mov.b32 {{low, high}}, $2;
+        cvt.rn.f16x2.e4m3x2 s, low;
+        prmt.b32 s, s, s, 0x1010;
+        mov.b32 a, {0};
+        mul.rn.f16x2 a, s, a;
+        mov.b32 b, {1};
+        mul.rn.f16x2 b, s, b;
+        mov.b32 c, {2};
+        mul.rn.f16x2 c, s, c;
+        mov.b32 d, {3};
+        mul.rn.f16x2 d, s, d;
+        cvt.rn.satfinite.e4m3x2.f16x2 a8, a;
+        cvt.rn.satfinite.e4m3x2.f16x2 b8, b;
+        cvt.rn.satfinite.e4m3x2.f16x2 c8, c;
+        cvt.rn.satfinite.e4m3x2.f16x2 d8, d;
+        mov.b32 $0, {{a8, b8}};
+        mov.b32 $1, {{c8, d8}}; }}"""
+_TABLE_CODES = {"sign_magnitude": (0, 1, 2, 3, 4, 5, 6, 7), "two_tables": (8, 1, 2, 3, 4, 5, 6, 7)}
+
+
+def build_tables(scales: jax.Array, form: Form) -> jax.Array:
+    """The lookup tables of a step: e4m3 bytes of products of the scale with 0..7, or with 8 and 1..7.
+
+    Args:
+        scales: uint8 [B, 64] in layout `scale_layout(B)`, in the order of `FragmentWeight.scales`; B even.
+        form: of the words.
+
+    Returns:
+        uint32 [B, 32, 4], the layout's two words a scale.
+    """
+    blocks = scales.shape[0]
+    result = plgpu.Layout.WG_STRIDED((blocks, 32, 4), vec_size=2)
+    halves = np.array(_TABLE_CODES[form], np.float16).view(np.uint32)
+    text = _TABLE.format(*(f"0x{pair:08x}" for pair in halves))
+
+    @plgpu.inline_mgpu(
+        arg_types=(scale_layout(blocks),),
+        return_type=plgpu.ShapeDtypeStruct((blocks, 32, 4), jnp.uint32, layout=result),
+    )
+    def body(_: Any, scales: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        registers = np.empty(result.to_mgpu().registers_shape((blocks, 32, 4)), dtype=object)
+        for i, scale in enumerate(scales.registers.flat):
+            byte = arith.extui(i32, vector.extract(scale, [], [0]))
+            registers.flat[i] = vector.from_elements(ir.VectorType.get((2,), i32), _asm([byte], 2, text))
+        return mgpu.FragmentedArray(_registers=registers, _layout=result.to_mgpu(), _is_signed=False)
+
+    return body(scales)
+
+
+def scale_layout(blocks: int) -> Any:
+    """The layout in which threads read the scales of a step: one byte at a time."""
+    return plgpu.Layout.WG_STRIDED((blocks, 64), vec_size=1)
 
 
 def dequantize_tile(words: jax.Array, tables: jax.Array, form: Form) -> jax.Array:

@@ -1,8 +1,33 @@
-"""Which kernel runs, and how it divides the work."""
+"""Which kernel runs, and how it divides the work.
+
+A configuration is chosen for a product of M tokens with a weight [N, K] whose words have a form ("sign_magnitude",
+"two_tables", ...). The first of these that has one decides:
+
+1. `force_config`, a context manager;
+2. the user's table, a JSON file that the environment variable W4A8JAX_TUNED names;
+3. the table that comes with the package for the device, `tuned/<device kind>.json`;
+4. `heuristic`.
+
+`tuning_tables` says what a table holds and how one is read.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
 
 import jax
 
+from . import tuning_tables
 from .dense_gemm import TuningConfig
+from .errors import W4A8Error
+
+ENVIRONMENT = "W4A8JAX_TUNED"
+
+# Part of the key of jit's caches: what was compiled under one configuration does not run under another.
+_forced: Any = jax.make_user_context(None)
 
 
 def hopper() -> bool:
@@ -15,15 +40,117 @@ def takes(n: int, k: int) -> bool:
     return n % 128 == 0 and k % 128 == 0
 
 
-def heuristic(m: int, n: int) -> TuningConfig:
-    """A configuration for M tokens and N outputs, N a multiple of 128.
+def choose(m: int, n: int, k: int, form: str) -> TuningConfig:
+    """The configuration for M tokens and a weight [N, K] in a form.
 
-    From measurements on one H100 (`experiments/gemm_probe.py`): with few tokens the kernel is bound by memory, and
-    small tiles in a deep pipeline keep most multiprocessors busy; with many, the largest tiles that fit are best.
-    Between 64 and 512 tokens, and for N that is no multiple of 256, nothing was measured.
+    Args:
+        m: tokens.
+        n: outputs.
+        k: inputs.
+        form: how the weight's words hold codes, `FragmentWeight.form`.
+
+    Raises:
+        W4A8Error: the forced configuration does not fit; a table cannot be read, or an entry of it is not right.
     """
-    if m <= 64:
-        return TuningConfig(next(t for t in (8, 16, 32, 64) if m <= t), 2, 1, 8)
-    if n % 256 or (m <= 128 and n < 256 * 66):
-        return TuningConfig(128, 2, 1, 6)
-    return TuningConfig(160, 2, 2, 3) if m >= 8192 else TuningConfig(128, 2, 2, 4)
+    if (forced := _forced.value) is not None:
+        if problem := tuning_tables.misfit(forced, n, k):
+            raise W4A8Error(f"force_config: {problem}")
+        return forced
+    path = os.environ.get(ENVIRONMENT)
+    if path and (found := tuning_tables.read(path).lookup(m, n, k, form)):
+        return found
+    shipped = tuning_tables.shipped(jax.devices()[0].device_kind)
+    if shipped is not None and (found := shipped.lookup(m, n, k, form)):
+        return found
+    return heuristic(m, n, k, form)
+
+
+@contextmanager
+def force_config(config: TuningConfig | None) -> Iterator[None]:
+    """Within it, kernels traced by this thread use this configuration; None gives the choice back.
+
+    It may be nested, and works under `jax.jit`: a function that was compiled under one configuration is compiled
+    again for another.
+    """
+    with _forced(config):
+        yield
+
+
+def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
+    """A configuration for M tokens and a weight [N, K], N a multiple of 128, that no table knows.
+
+    From measurements on one H200: with few tokens, small tiles in a deep pipeline, of 256 rows where N has enough of
+    them; with many, the largest tiles. Blocks share tiles where the estimated gain exceeds the cost of adding up.
+    """
+    wide = n % 256 == 0
+    if m <= 128:
+        tokens = next(t for t in (8, 16, 32, 64, 128) if m <= t)
+        if wide and n >= (8192 if m <= 16 else 12288):
+            config = TuningConfig(tokens, 2, 2, 8 if m <= 32 else 6 if m <= 64 else 4)
+        else:
+            config = TuningConfig(tokens, 2, 1, 16 if m <= 32 else 10 if m <= 64 else 6)
+    elif wide:
+        config = TuningConfig(160, 2, 2, 3) if m >= 2048 else TuningConfig(128, 2, 2, 4)
+    else:
+        config = TuningConfig(128, 2, 1, 6)
+    return dataclasses.replace(config, stream_k=_sharing_pays(config, m, n, k))
+
+
+def _sharing_pays(config: TuningConfig, m: int, n: int, k: int) -> bool:
+    """Whether dividing the last tiles gains more than it costs, by rough rates of an H200, in microseconds."""
+    m_tiles = -(-m // config.tile_tokens)
+    tiles = n // config.tile_rows * m_tiles
+    filled = tiles / (-(-tiles // config.ctas) * config.ctas)
+    busy = max(n * k / 2 / 4e6, 2 * m_tiles * config.tile_tokens * n * k / 1.4e9)
+    partials = 2 * 4 * min(config.ctas, tiles) * config.tile_rows * config.tile_tokens
+    return busy / filled - busy > 2 + partials / 5e6
+
+
+# (row blocks, warpgroups) and tokens of the tiles worth trying; the largest were compiled without spills.
+_DECODE_TOKENS = (8, 16, 32, 64)
+_PREFILL_TILES = ((96, 2, 3), (128, 2, 1), (128, 2, 2), (160, 2, 2), (64, 2, 3), (64, 3, 2))
+# Fields that a kernel may or may not have, with what to try of them.
+_VARIATIONS: dict[str, tuple[Any, ...]] = {"stream_k": (False, True), "cluster": (1, 2)}
+
+
+def candidates(m: int, n: int, k: int) -> list[TuningConfig]:
+    """Configurations worth measuring for M tokens and a weight [N, K]: all that fit, none twice.
+
+    With few tokens, tiles that hold them all or half of them, 1 or 2 compute warpgroups, and several depths of the
+    pipeline; with many, the largest tiles. Each with and without the kernel's variations.
+    """
+    tiles: list[tuple[int, int, int]] = []
+    if m <= 128:
+        least = next((t for t in _DECODE_TOKENS if m <= t), _DECODE_TOKENS[-1])
+        tokens = {least, least // 2} if m > 16 else {least}
+        tiles += [(t, 2, warpgroups) for t in sorted(tokens) for warpgroups in (1, 2)]
+    if m > 64:
+        tiles += [t for t in _PREFILL_TILES if t[0] < 2 * m]
+    found: dict[TuningConfig, None] = {}
+    for tile_tokens, row_blocks, warpgroups in tiles:
+        base = TuningConfig(tile_tokens=tile_tokens, row_blocks=row_blocks, warpgroups=warpgroups)
+        for stages in _stages(base, n, k):
+            for variation in _variations(m):
+                config = dataclasses.replace(base, stages=stages, **variation)
+                if not tuning_tables.misfit(config, n, k):
+                    found[config] = None
+    return list(found)
+
+
+def _stages(config: TuningConfig, n: int, k: int) -> list[int]:
+    """The deepest pipeline that fits, and the deepest power of two, which costs fewer instructions."""
+    depths = range(2, min(16, k // 128) + 1)
+    fitting = [s for s in depths if not tuning_tables.misfit(dataclasses.replace(config, stages=s), n, k)]
+    if not fitting:
+        return []
+    deepest = fitting[-1]
+    return sorted({deepest, 1 << deepest.bit_length() - 1}) if deepest >= 4 else [deepest]
+
+
+def _variations(m: int) -> Iterator[dict[str, Any]]:
+    names = [name for name in _VARIATIONS if name in tuning_tables.FIELDS]
+    for values in product(*(_VARIATIONS[name] for name in names)):
+        variation = dict(zip(names, values, strict=True))
+        # What blocks of a cluster share is the tokens: too few of them are no traffic to save.
+        if m >= 64 or variation.get("cluster", 1) == 1:
+            yield variation

@@ -1,6 +1,7 @@
 """The kernels' layout, decoded as each thread of the warpgroup decodes it, instruction by instruction."""
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from random_weights import random_checkpoint, weight_of
@@ -37,19 +38,28 @@ def decode_two_tables(word: int, tables: list[int]) -> list[int]:
     return results
 
 
+def table_of(scale: np.uint8, code_min: int) -> list[int]:
+    """As `build_tables`: exact products in fp16, rounded once to e4m3, saturating."""
+    s = np.uint8(scale).view(ml_dtypes.float8_e4m3fn).astype(np.float16)
+    codes = np.array([0 if code_min == -7 else 8, 1, 2, 3, 4, 5, 6, 7], np.float16)
+    levels = np.clip(s * codes, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    return [int(word) for word in levels.view(np.uint32)]
+
+
 @pytest.mark.parametrize("code_min", [-7, -8])
 def test_threads_find_their_operands(code_min: int) -> None:
     w = weight_of(*random_checkpoint(3, 128, 256, code_min=code_min), code_min=code_min)
     f = FragmentWeight.from_weight(w)
     decode = {-7: decode_sign_magnitude, -8: decode_two_tables}[code_min]
-    words, tables = (np.asarray(a).astype(object) for a in (f.words, f.tables))
+    words, scales = np.asarray(f.words).astype(object), np.asarray(f.scales)
     expected = np.asarray(w.operand()).view(np.uint8)
     for tile in range(2):
         for group in range(2):
             flat = words[tile, group].reshape(2, 128, 4)  # a thread's two loads of four words
             for thread in range(128):
                 warp, lane = divmod(thread, 32)
-                table = list(tables[group, tile, 8 * warp + lane // 4])
+                pair = scales[tile, group, 16 * warp + 2 * (lane // 4) :][:2]
+                table = [word for scale in pair for word in table_of(scale, code_min)]
                 for c in range(8):
                     pair = decode(flat[c // 4, thread, c % 4], table)
                     for half, bytes_ in enumerate(pair):

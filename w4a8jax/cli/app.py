@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import evaluate, generate, inspect, quantize, reference_model, verify
+from . import bench, evaluate, generate, inspect, quantize, reference_model, verify
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -97,6 +97,8 @@ app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("eval")(evaluate.command)
 app.command("reference-model")(reference_model.command)
+app.command("tune")(bench.tune)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

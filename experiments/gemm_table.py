@@ -1,0 +1,34 @@
+"""The README's table of dense products, from a record of `w4a8jax bench gemm`.
+
+    python experiments/gemm_table.py experiments/results/gemm_h200.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+COLUMNS = {
+    "w4a8 lut -7..7": "W4A8",
+    "vllm cutlass w4a8": "vLLM W4A8",
+    "torch fp8 rowwise, fast": "cuBLAS FP8",
+    "vllm machete w4a16": "Machete W4A16",
+    "torch bf16": "cuBLAS bf16",
+}
+
+
+def main(path: str) -> None:
+    points: dict[tuple[int, int, int], dict[str, dict[str, float]]] = {}
+    for row in json.loads(Path(path).read_text())["rows"]:
+        if "us" in row:
+            points.setdefault((row["K"], row["N"], row["M"]), {})[row["kernel"]] = row
+    print("| K | N | M |", " | ".join(COLUMNS.values()), "| fraction of the floor |")
+    print("|" + "---|" * (len(COLUMNS) + 4))
+    for shape, rows in points.items():
+        ours = rows.get("w4a8 lut -7..7")
+        if ours:
+            cells = [f"{rows[name]['us']:.1f}" if name in rows else "" for name in COLUMNS]
+            print("|", " | ".join([*map(str, shape), *cells, f"{ours['fraction_of_floor']:.2f}"]), "|")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,226 @@
+"""The choice of a kernel's configuration: tables, buckets, precedence, and what a wrong table says."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import W4A8Error, force_config, tuning, tuning_tables
+from pallas_kernels.dense_gemm import TuningConfig
+from pallas_kernels.tuning_tables import Entry, Table
+
+N, K, FORM = 14336, 12288, "sign_magnitude"
+A = TuningConfig(16, 2, 1, 8)
+B = TuningConfig(64, 2, 1, 6)
+C = TuningConfig(128, 2, 2, 4)
+
+
+def entry(m: int, tuned: TuningConfig, **other: Any) -> dict[str, Any]:
+    return {"form": FORM, "N": N, "K": K, "M": m, "config": dataclasses.asdict(tuned)} | other
+
+
+def write(path: Path, *entries: Any, device: str = "NVIDIA H200") -> Path:
+    path.write_text(json.dumps({"device": device, "entries": list(entries)}))
+    return path
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write(tmp_path / "table.json", entry(16, A, us=23.5), entry(64, B), entry(2048, C))
+
+
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [
+        (16, A),
+        (9, A),
+        (1, A),  # few tokens count as 8: 16 is within reach
+        (17, B),
+        (64, B),
+        (65, None),  # 2048 is more than 4 times as many
+        (511, None),
+        (512, C),
+        (2048, C),
+        (100_000, C),  # beyond all, and 2048 is many
+    ],
+)
+def test_buckets(table: Path, m: int, config: TuningConfig | None) -> None:
+    assert tuning_tables.read(table).lookup(m, N, K, FORM) == config
+
+
+def test_beyond_few_tokens_nothing_is_known(tmp_path: Path) -> None:
+    found = tuning_tables.read(write(tmp_path / "t.json", entry(16, A)))
+    assert found.lookup(17, N, K, FORM) is None
+
+
+def test_another_weight_or_form_is_another_entry(table: Path) -> None:
+    found = tuning_tables.read(table)
+    assert found.lookup(16, N, K + 128, FORM) is None
+    assert found.lookup(16, N - 128, K, FORM) is None
+    assert found.lookup(16, N, K, "two_tables") is None
+
+
+def test_fields_left_out_have_their_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.json", {"form": FORM, "N": N, "K": K, "M": 16, "config": {"tile_tokens": 16}})
+    assert tuning_tables.read(path).lookup(16, N, K, FORM) == TuningConfig(16)
+
+
+def test_tables_write_what_they_read_and_merge(table: Path, tmp_path: Path) -> None:
+    first = tuning_tables.read(table)
+    merged = first.merged([Entry(FORM, N, K, 16, B, {"us": 20.0}), Entry("two_tables", N, K, 16, C)])
+    merged.write(tmp_path / "merged.json")
+    again = tuning_tables.read(tmp_path / "merged.json")
+    assert again.device == "NVIDIA H200"
+    assert again.entries == merged.entries
+    assert len(again.entries) == 4
+    assert again.lookup(16, N, K, FORM) == B
+    assert again.entries[FORM, N, K, 16].more == {"us": 20.0}
+    assert first.lookup(16, N, K, FORM) == A
+
+
+def test_a_changed_file_is_read_again(table: Path) -> None:
+    assert tuning_tables.read(table).lookup(16, N, K, FORM) == A
+    Table("x", [Entry(FORM, N, K, 16, B)]).write(table)
+    assert tuning_tables.read(table).lookup(16, N, K, FORM) == B
+
+
+def test_precedence(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(m: int = 16) -> TuningConfig:
+        return tuning.choose(m, N, K, FORM)
+
+    monkeypatch.delenv("W4A8JAX_TUNED", raising=False)
+    monkeypatch.setattr(tuning_tables, "_FOLDER", tmp_path / "tuned")
+    assert chosen() == tuning.heuristic(16, N, K, FORM)
+    (tmp_path / "tuned").mkdir()
+    write(tmp_path / "tuned" / f"{tuning_tables.slug(jax.devices()[0].device_kind)}.json", entry(16, B), entry(4096, C))
+    assert chosen() == B
+    monkeypatch.setenv("W4A8JAX_TUNED", str(table))
+    assert chosen() == A
+    assert chosen(4096) == C  # the user's table reaches no further than its 2048, which is many
+    assert chosen(256) == tuning.heuristic(256, N, K, FORM)
+    with force_config(C):
+        assert chosen() == C
+
+
+def test_what_ships_is_right() -> None:
+    for path in Path(tuning_tables.__file__).with_name("tuned").glob("*.json"):
+        table = tuning_tables.read(path)
+        assert table.entries
+        assert path.name == f"{tuning_tables.slug(table.device)}.json"
+
+
+def test_slug() -> None:
+    assert tuning_tables.slug("NVIDIA H200") == "nvidia_h200"
+    assert tuning_tables.slug("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
+
+
+def test_force_config_nests_and_is_undone_by_errors() -> None:
+    def chosen() -> TuningConfig:
+        return tuning.choose(16, N, K, FORM)
+
+    plain = chosen()
+    with force_config(C):
+        with pytest.raises(ZeroDivisionError), force_config(B):
+            _ = 1 // (chosen() != B)
+        assert chosen() == C
+        with force_config(None):
+            assert chosen() == plain
+        assert chosen() == C
+    assert chosen() == plain
+
+
+def test_force_config_reaches_compiled_functions() -> None:
+    seen: list[TuningConfig] = []
+
+    @jax.jit
+    def f(x: jax.Array) -> jax.Array:
+        seen.append(tuning.choose(16, N, K, FORM))
+        return x + 1
+
+    x = jnp.zeros(2)
+    f(x)
+    with force_config(C):
+        f(x)
+        f(x)
+    f(x)
+    assert seen == [tuning.choose(16, N, K, FORM), C]
+
+
+def test_a_forced_config_that_does_not_fit_is_refused() -> None:
+    with force_config(TuningConfig(16, 2, 3)), pytest.raises(W4A8Error, match=r"force_config: .*384 rows"):
+        tuning.choose(16, N, K, FORM)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", 'expected {"device": NAME'),
+        ('{"device": "x"}', 'expected {"device": NAME'),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(W4A8Error, match=r"bad\.json") as caught:
+        tuning_tables.read(path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (3, "expected an object"),
+        ({"N": 256}, "expected a string as form"),
+        (entry(0, A), "M: expected a positive integer, found 0"),
+        (entry(16, A, K="12288"), "K: expected a positive integer, found '12288'"),
+        (entry(16, A, config=None), "expected an object as config"),
+        (entry(16, A, config={"tile_tokens": 16, "swizzle": 3}), "unknown fields swizzle; known are tile_tokens"),
+        (entry(16, A, config={"stages": 4}), "tile_tokens"),
+        (entry(16, A, config={"tile_tokens": 16.0}), "tile_tokens: expected int, found 16.0"),
+        (entry(16, A, config={"tile_tokens": 12}), "tile_tokens must be a multiple of 8"),
+        (entry(16, A, config={"tile_tokens": 128, "stages": 40}), "bytes of shared memory"),
+        (entry(16, A, config={"tile_tokens": 16, "warpgroups": 3}), "384 rows"),
+    ],
+)
+def test_a_wrong_entry_is_named(table: Path, bad: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(table.with_name("bad.json"), entry(16, A), bad)
+    monkeypatch.setenv("W4A8JAX_TUNED", str(table.with_name("bad.json")))
+    with pytest.raises(W4A8Error, match=r"bad\.json: entry 1 ") as caught:
+        tuning.choose(16, N, K, FORM)
+    assert message in str(caught.value)
+
+
+def test_a_missing_table_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("W4A8JAX_TUNED", str(tmp_path / "missing.json"))
+    with pytest.raises(W4A8Error, match=r"missing\.json: cannot be read"):
+        tuning.choose(16, N, K, FORM)
+
+
+@pytest.mark.parametrize("m", [1, 8, 24, 64, 65, 128, 512, 4096, 16384])
+@pytest.mark.parametrize(("n", "k"), [(14336, 12288), (4096, 14336), (128, 256), (384, 384)])
+def test_candidates_fit(m: int, n: int, k: int) -> None:
+    found = tuning.candidates(m, n, k)
+    assert found
+    assert len(found) <= 50
+    assert len(set(found)) == len(found)
+    for config in found:
+        assert tuning_tables.misfit(config, n, k) is None
+        assert config.tile_tokens < 2 * max(m, 8)
+
+
+def test_candidates_vary_what_the_kernel_has() -> None:
+    found = tuning.candidates(4096, N, K)
+    assert {c.stream_k for c in found} == {False, True}
+    assert {c.cluster for c in found} == {1, 2}
+    assert {c.cluster for c in tuning.candidates(16, N, K)} == {1}
+
+
+@pytest.mark.parametrize("n", [128, 256, 384, 14336])
+@pytest.mark.parametrize("m", [1, 64, 65, 128, 1000, 16384])
+def test_the_heuristic_fits(m: int, n: int) -> None:
+    assert tuning_tables.misfit(tuning.heuristic(m, n, 4096, FORM), n, 4096) is None

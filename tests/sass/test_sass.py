@@ -1,0 +1,31 @@
+"""What the compiled kernels execute: a budget of instructions, and no race, spill or serialization.
+
+Counted in the main loop for each wgmma, which takes 2048 weights, 16 of a thread: 14 instructions of those dequantize
+codes -7..7, and 18 codes -8..7.
+"""
+
+from collections.abc import Callable
+
+import pytest
+from kernel_cases import Case, all_cases
+from sass import Findings
+
+# With 128 rows or more a warpgroup, and with 64, where less is shared.
+BUDGETS = {
+    ("lut", -7): (22, 25),
+    ("lut", -8): (28, 31),
+    # Multiplying partial sums by their group's scale is included.
+    ("exact", -7): (27, 27),
+    ("exact", -8): (27, 27),
+}
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_kernel(case: Case, findings: Callable[[Case], Findings]) -> None:
+    found = findings(case)
+    assert not found.hazards, "registers are used that a wgmma in flight needs"
+    assert not found.notes
+    assert not found.spilled
+    assert not found.exposed, f"of {found.alu} instructions with a result, {len(found.exposed)} do not overlap"
+    budget = BUDGETS[case.numerics, case.code_min][case.config.row_blocks < 2]
+    assert found.instructions <= budget, found.mix

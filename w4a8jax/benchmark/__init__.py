@@ -1,0 +1,1 @@
+"""Measurements of the kernels on a GPU beside their peers, and the choice of configurations from measurements."""

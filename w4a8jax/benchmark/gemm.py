@@ -1,0 +1,249 @@
+"""Measures dense products over shapes and numbers of tokens: ours, cuBLAS, torch's and vLLM's."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import gc
+import importlib.metadata
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_kernels import tuning
+from pallas_kernels.errors import W4A8Error
+
+from . import floor, operands, timing
+from .kernels import Compilations, Kernel, our_kernels
+from .operands import Tokens, Weights
+from .record import Record
+
+# (K, N): Command A's qkv, o, gate_up and down; Llama 3 8B's qkv, gate_up and down; a square.
+SHAPES = (
+    (12288, 14336),
+    (12288, 12288),
+    (12288, 73728),
+    (36864, 12288),
+    (4096, 6144),
+    (4096, 28672),
+    (14336, 4096),
+    (8192, 8192),
+)
+TOKENS = tuple(2**i for i in range(15))
+
+# A launch above so many operations takes milliseconds: fewer launches are steady enough.
+_LONG = 5e12
+
+
+def require_hopper(command: str) -> None:
+    """Raises:
+    W4A8Error: JAX's default device is not a Hopper GPU.
+    """
+    if not tuning.hopper():
+        raise W4A8Error(f"{command}: needs a Hopper GPU (H100, H200); JAX's default device is {jax.devices()[0]}")
+
+
+def describe_run(command: str) -> dict[str, Any]:
+    """Date, device, versions and the command, as a record has them, without the copy rate."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device.device_kind,
+        "driver": _driver(),
+        "platform": " ".join(device.client.platform_version.split()),
+        **{name: _version(name) for name in ("jax", "jaxlib", "torch")},
+        "command": command,
+    }
+
+
+def run(
+    record: Record,
+    kernels: Sequence[Kernel],
+    shapes: Iterable[tuple[int, int]] = SHAPES,
+    tokens: Sequence[int] = TOKENS,
+    *,
+    save: Callable[[Record], None] | None = None,
+    progress: Callable[[str], None] | None = None,
+    measure: Callable[..., timing.Timing] = timing.measure,
+    jobs: int | None = None,
+) -> Record:
+    """Measures each kernel at each point that the record has not measured yet, and adds a row for it.
+
+    A kernel that raises, or whose result is wrong, has a row that says so, and no time.
+
+    Args:
+        record: is added to.
+        kernels: what to measure.
+        shapes: (K, N).
+        tokens: values of M.
+        save: called after each point with the record.
+        progress: called with a line of text for each row.
+        measure: `timing.measure`, or what stands for it.
+        jobs: threads that compile.
+    """
+    shapes = list(shapes)
+    done = set(record.measured)
+    todo = {(k, n): [(m, [x for x in kernels if (k, n, m, x.name) not in done]) for m in tokens] for k, n in shapes}
+    with Compilations(jobs) as compilations:
+        for (k, n), points in todo.items():
+            for m, wanted in points:
+                for kernel in wanted:
+                    if compile := kernel.ahead(m, n, k):
+                        compilations.start((kernel.name, m, n, k), compile)
+        for (k, n), points in todo.items():
+            bench = Shape(k, n, measure)
+            for m, wanted in points:
+                for kernel in wanted:
+                    make = functools.partial(kernel.function, m, n, k)
+                    row = bench.row(kernel, m, functools.partial(compilations.get, (kernel.name, m, n, k), make))
+                    record.add(row)
+                    if progress:
+                        record.derive()
+                        progress(line(row))
+                if save and wanted:
+                    save(record)
+            del bench
+            gc.collect()
+            for kernel in kernels:
+                kernel.release()
+    return record
+
+
+class Shape:
+    """The operands of one (K, N), kept while its points are measured."""
+
+    def __init__(self, k: int, n: int, measure: Callable[..., timing.Timing] = timing.measure) -> None:
+        self.k, self.n, self.measure = k, n, measure
+        self._weights: dict[int, Weights] = {}
+        self._prepared: dict[str, list[Any]] = {}
+        self._tokens: Tokens | None = None
+        self._expected: dict[tuple[str, int], np.ndarray] = {}
+
+    def row(self, kernel: Kernel, m: int, compile: Callable[[], Callable[[Any, Any], Any]]) -> dict[str, Any]:
+        """Checks and times a kernel with M tokens; a row of the record."""
+        row: dict[str, Any] = {"K": self.k, "N": self.n, "M": m, "kernel": kernel.name}
+        row["config"] = kernel.config(m, self.n, self.k)
+        row["operand_bytes"] = floor.operand_bytes(m, self.n, self.k, kernel.weight_bytes, kernel.input_bytes)
+        try:
+            return row | self.check_and_time(kernel, m, compile())
+        except Exception as e:
+            # Whatever ails one kernel, at one point, is a result of the benchmark and not its end.
+            return row | {"failed": f"{type(e).__name__}: {' '.join(str(e).split())}"[:400]}
+
+    def check_and_time(self, kernel: Kernel, m: int, function: Callable[[Any, Any], Any]) -> dict[str, Any]:
+        """Raises:
+        W4A8Error: the result is wrong.
+        """
+        inputs, prepared = kernel.inputs(self.tokens(m)), self.prepared(kernel)
+
+        def launch(i: int) -> Any:
+            return function(inputs[i % len(inputs)], prepared[i % len(prepared)])
+
+        first, second = launch(0), launch(0)
+        kernel.synchronize(second)
+        found, same = kernel.compare(first, second, *operands.sample_indices(m, self.n))
+        del first, second
+        error = operands.relative_error(found, self.expected(kernel, m))
+        if not error <= kernel.tolerance:
+            raise W4A8Error(f"wrong: relative error {error:.2e}, tolerance {kernel.tolerance:.0e}")
+        launches = 24 if floor.flops(m, self.n, self.k) < _LONG else 10
+        times = self.measure(launch, synchronize=kernel.synchronize, launches=launches)
+        return {
+            "us": times.us,
+            "us_min": times.us_min,
+            "us_quartiles": list(times.us_quartiles),
+            "launches": times.launches,
+            "error": error,
+            "same_twice": same,
+            "kernels": [name[:80] for name in times.kernels],
+        }
+
+    def weights(self, kernel: Kernel) -> Weights:
+        """The weights that a kernel's are made of: kernels with the same lowest code have the same."""
+        return self._weights.setdefault(kernel.code_min, Weights(self.n, self.k, kernel.code_min))
+
+    def prepared(self, kernel: Kernel) -> list[Any]:
+        """So many sets of weights in the kernel's form that they exceed the cache."""
+        if kernel.name not in self._prepared:
+            sets = timing.rotations(self.n * self.k * kernel.weight_bytes)
+            self._prepared[kernel.name] = [kernel.weight(self.weights(kernel), i) for i in range(sets)]
+        return self._prepared[kernel.name]
+
+    def expected(self, kernel: Kernel, m: int) -> np.ndarray:
+        """What a kernel should find at the elements that are compared."""
+        key, tokens = (kernel.reference, kernel.code_min), self.tokens(m)
+        if key not in self._expected:
+            indices = operands.sample_indices(m, self.n)
+            self._expected[key] = operands.expected(kernel.reference, self.weights(kernel), tokens, *indices)
+        return self._expected[key]
+
+    def tokens(self, m: int) -> Tokens:
+        """Sets of activations, for as many weights as the smallest have, or until they exceed the cache."""
+        if self._tokens is None or self._tokens.m != m:
+            self._tokens = None  # before the next are made: there may not be room for both
+            self._expected.clear()
+            sets = min(timing.rotations(self.n * self.k / 2), timing.rotations(m * self.k))
+            self._tokens = Tokens(m, self.k, sets)
+        return self._tokens
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as a line of text."""
+    where = f"K {row['K']:6} N {row['N']:6} M {row['M']:6}  {row['kernel']:24}"
+    if "failed" in row:
+        return f"{where} failed: {row['failed']}"
+    rates = f"{row['tflops']:7.1f} TFLOP/s {100 * row['fraction_of_floor']:5.1f}% of floor"
+    same = "" if row["same_twice"] else "  not the same bits twice"
+    return f"{where} {row['us']:9.2f} us  {rates}  error {row['error']:.1e}{same}"
+
+
+def start(command: str, previous: str | Path | None = None) -> Record:
+    """A record for this device: the one in a file, if it is there, else a new one with the copy rate measured.
+
+    Raises:
+        W4A8Error: the file cannot be read, or is of another device.
+    """
+    about = describe_run(command)
+    if previous is not None and Path(previous).expanduser().exists():
+        record = Record.read(previous)
+        if record.about.get("device") != about["device"]:
+            raise W4A8Error(f"{previous}: was measured on {record.about.get('device')}, this is {about['device']}")
+        record.about |= about
+        return record
+    return Record(about | {"copy_TB_s": timing.copy_rate() / 1e12})
+
+
+def kernels_for(vllm: str | Path | None) -> list[Kernel]:
+    """All kernels: ours, JAX's, torch's if it is there, vLLM's if a folder with its libraries is given.
+
+    Raises:
+        W4A8Error: vLLM's cannot be loaded.
+    """
+    from . import kernels, peers
+
+    found = [*our_kernels(), *kernels.jax_kernels()]
+    if peers.torch_available():
+        found += peers.torch_kernels()
+    if vllm is not None:
+        found += peers.vllm_kernels(vllm)
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found[0] if found else None

@@ -1,0 +1,204 @@
+"""The kernels that a benchmark compares: ours, and cuBLAS as JAX calls it. `peers` has those of torch and vLLM."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import tuning
+from pallas_kernels.dense_gemm import TuningConfig, dense_gemm
+from pallas_kernels.errors import W4A8Error
+from pallas_kernels.fragments import FragmentWeight
+
+from .operands import Reference, Tokens, Weights
+
+# Relative errors above this are failures. The rounding of the result to bf16 alone is 1.7e-3.
+TOLERANCE = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A product of activations [M, K] and a weight [N, K] to bf16 [M, N]; the base of all.
+
+    Attributes:
+        name: as records and tables have it.
+        reference: what it multiplies.
+        weight_bytes: that it reads for each weight, scales of groups included.
+        input_bytes: for each activation.
+        code_min: the lowest code of its weights.
+        tolerance: largest relative error of a right result.
+    """
+
+    name: str
+    reference: Reference
+    weight_bytes: float
+    input_bytes: int
+    code_min: int = -7
+    tolerance: float = TOLERANCE
+
+    def config(self, m: int, n: int, k: int) -> dict[str, Any] | None:
+        """The configuration that it will run with, if it has such."""
+        return None
+
+    def weight(self, weights: Weights, i: int) -> Any:
+        """Set i of the weights in the kernel's own form, on the device."""
+        raise NotImplementedError
+
+    def function(self, m: int, n: int, k: int) -> Callable[[Any, Any], Any]:
+        """The compiled product: takes the inputs of a set of tokens, and a weight; runs asynchronously.
+
+        Raises:
+            Exception: it cannot be compiled; whatever the framework raises.
+        """
+        raise NotImplementedError
+
+    def ahead(self, m: int, n: int, k: int) -> Callable[[], Callable[[Any, Any], Any]] | None:
+        """What makes `function` in another thread; None if making it measures on the device, or takes no time."""
+        return None
+
+    def inputs(self, tokens: Tokens) -> list[Any]:
+        """What the function takes of each set of tokens."""
+        return tokens.bf16 if self.input_bytes == 2 else tokens.fp8  # type: ignore[return-value]
+
+    def synchronize(self, result: Any) -> None:
+        """Waits for all that was launched, of which this is the last result."""
+        jax.block_until_ready(result)
+
+    def compare(self, a: Any, b: Any, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Elements of the first of two results, float64 [R, C], and whether both are the same in every bit."""
+        elements, same = _compare(a, b, rows, columns)
+        return np.asarray(elements, np.float64), bool(same)
+
+    def release(self) -> None:
+        """Gives cached memory of the device back, so that other frameworks have it."""
+
+
+class OurKernel(Kernel):
+    """`dense_gemm`, in the configuration that `tuning.choose` gives."""
+
+    def config(self, m: int, n: int, k: int) -> dict[str, Any] | None:
+        return dataclasses.asdict(tuning.choose(m, n, k, self.form(n, k)))
+
+    def form(self, n: int, k: int) -> str:
+        """How the kernel's weights hold codes."""
+        return _abstract_weight(n, k, self.code_min).form
+
+    def weight(self, weights: Weights, i: int) -> Any:
+        return _to_fragments(weights.quantized(i)[0])
+
+    def function(self, m: int, n: int, k: int) -> Callable[[Any, Any], Any]:
+        return self.compiled(m, n, k, tuning.choose(m, n, k, self.form(n, k)))
+
+    def ahead(self, m: int, n: int, k: int) -> Callable[[], Callable[[Any, Any], Any]] | None:
+        # Chosen here, since `force_config` holds for its own thread.
+        return functools.partial(self.compiled, m, n, k, tuning.choose(m, n, k, self.form(n, k)))
+
+    def compiled(self, m: int, n: int, k: int, config: TuningConfig) -> Callable[[Any, Any], Any]:
+        """The product in a configuration."""
+
+        def product(inputs: Any, w: FragmentWeight) -> Any:
+            x8, token_scale = inputs
+            # As the op does it: the copy engine's tiles are of 8 tokens.
+            rest = -m % 8 if m > 8 else 0
+            if rest:
+                x8, token_scale = (jnp.pad(v, ((0, rest), (0, 0))) for v in (x8, token_scale))
+            return dense_gemm(x8, token_scale, w, config)[:m]
+
+        inputs = jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((m, 1), jnp.float32)
+        return jax.jit(product).lower(inputs, _abstract_weight(n, k, self.code_min)).compile()
+
+
+class JaxDot(Kernel):
+    """`jax.lax.dot_general` without scales, which XLA gives to cuBLAS."""
+
+    def weight(self, weights: Weights, i: int) -> Any:
+        return weights.bf16(i) if self.input_bytes == 2 else weights.fp8(i)
+
+    def inputs(self, tokens: Tokens) -> list[Any]:
+        return tokens.bf16 if self.input_bytes == 2 else [x8 for x8, _ in tokens.fp8]
+
+    def function(self, m: int, n: int, k: int) -> Callable[[Any, Any], Any]:
+        dtype = jnp.bfloat16 if self.input_bytes == 2 else jnp.float8_e4m3fn
+        a, b = jax.ShapeDtypeStruct((m, k), dtype), jax.ShapeDtypeStruct((n, k), dtype)
+        # Among cuBLAS's algorithms XLA takes the one that it measures to be best; its own kernels are left out.
+        return jax.jit(_dot).lower(a, b).compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
+
+
+def our_kernels() -> list[Kernel]:
+    """Ours, one for each form of the weights."""
+    # The tensor core's FP8 sums grow less exact with K: at K = 36864 vLLM's kernel is at 4.9e-3.
+    lut = {"reference": "w4a8", "weight_bytes": 0.5 + 1 / 128, "input_bytes": 1, "tolerance": 5.5e-3}
+    return [OurKernel(f"w4a8 lut {code_min}..7", code_min=code_min, **lut) for code_min in (-7, -8)]  # type: ignore[arg-type]
+
+
+def jax_kernels() -> list[Kernel]:
+    """cuBLAS, as JAX calls it."""
+    return [JaxDot("jax bf16", "bf16", 2, 2), JaxDot("jax fp8", "fp8", 1, 1)]
+
+
+class Compilations:
+    """Compiles in threads, while what is compiled already is timed; the first asked for are the first compiled."""
+
+    def __init__(self, jobs: int | None = None) -> None:
+        """jobs: threads; default: as many as there are cores, 16 at most."""
+        self._pool = ThreadPoolExecutor(jobs or min(16, os.cpu_count() or 1))
+        self._futures: dict[Any, Future[Any]] = {}
+
+    def start(self, key: Any, compile: Callable[[], Any]) -> None:
+        """Compiles in some thread, later."""
+        self._futures[key] = self._pool.submit(compile)
+
+    def get(self, key: Any, compile: Callable[[], Any]) -> Any:
+        """What was compiled, waiting for it if need be; compiled here if it was never started.
+
+        Raises:
+            Exception: what compiling it raised.
+        """
+        future = self._futures.pop(key, None)
+        return compile() if future is None else future.result()
+
+    def __enter__(self) -> Compilations:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=not any(error), cancel_futures=True)
+
+
+def selected(kernels: Iterable[Kernel], names: Iterable[str]) -> list[Kernel]:
+    """Those whose names hold one of some words; all, if no words are given.
+
+    Raises:
+        W4A8Error: some word is in no name.
+    """
+    kernels, names = list(kernels), list(names)
+    for name in names:
+        if not any(name in kernel.name for kernel in kernels):
+            raise W4A8Error(f"kernel {name!r}: there is none; there are {', '.join(k.name for k in kernels)}")
+    return [kernel for kernel in kernels if not names or any(name in kernel.name for name in names)]
+
+
+@jax.jit
+def _compare(a: Any, b: Any, rows: Any, columns: Any) -> Any:
+    bits = [jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (a, b)]
+    return a[rows][:, columns].astype(jnp.float32), jnp.all(bits[0] == bits[1])
+
+
+def _dot(a: Any, b: Any) -> Any:
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
+
+
+@functools.cache
+def _abstract_weight(n: int, k: int, code_min: int) -> Any:
+    return jax.eval_shape(lambda: FragmentWeight.from_weight(Weights(n, k, code_min).quantized(0)[0]))
+
+
+# Under jit, so that the codes are never unpacked in memory as a whole.
+_to_fragments = jax.jit(FragmentWeight.from_weight)

@@ -1,0 +1,100 @@
+"""Finds the best configuration of our kernels for each shape and number of tokens, by measuring candidates."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from pallas_kernels import tuning
+from pallas_kernels.dense_gemm import TuningConfig
+from pallas_kernels.tuning_tables import Entry, Table
+
+from . import timing
+from .gemm import Shape
+from .kernels import Compilations, OurKernel
+
+
+def run(
+    table: Table,
+    kernels: Sequence[OurKernel],
+    shapes: Iterable[tuple[int, int]],
+    tokens: Sequence[int],
+    *,
+    resume: bool = False,
+    save: Callable[[Table], None] | None = None,
+    progress: Callable[[str], None] | None = None,
+    measure: Callable[..., timing.Timing] = timing.measure,
+    jobs: int | None = None,
+) -> Table:
+    """Measures `tuning.candidates`, and what is chosen now, at each point; the fastest right one enters the table.
+
+    Args:
+        table: what is known already; its entries for the same points are replaced.
+        kernels: ours, one for each form of the weights.
+        shapes: (K, N).
+        tokens: values of M.
+        resume: leave out points that are in the table.
+        save: called after each point with the table.
+        progress: called with a line of text for each point, and for each candidate that failed.
+        measure: `timing.measure`, or what stands for it.
+        jobs: threads that compile.
+
+    Returns:
+        The table with the entries that were found.
+    """
+    tell = progress or (lambda text: None)
+    plan = [
+        (k, n, m, kernel, configurations(kernel, m, n, k))
+        for k, n in shapes
+        for m in tokens
+        for kernel in kernels
+        if not (resume and (kernel.form(n, k), n, k, m) in table.entries)
+    ]
+    with Compilations(jobs) as compilations:
+        for k, n, m, kernel, configs in plan:
+            for config in configs:
+                make = functools.partial(kernel.compiled, m, n, k, config)
+                compilations.start((kernel.name, m, n, k, config), make)
+        bench: Shape | None = None
+        for k, n, m, kernel, configs in plan:
+            if bench is None or (bench.k, bench.n) != (k, n):
+                bench = None
+                gc.collect()
+                bench = Shape(k, n, measure)
+            where = f"K {k:6} N {n:6} M {m:6} {kernel.name}"
+            found: list[tuple[float, TuningConfig, dict[str, Any]]] = []
+            for config in configs:
+                try:
+                    make = functools.partial(kernel.compiled, m, n, k, config)
+                    function = compilations.get((kernel.name, m, n, k, config), make)
+                    result = bench.check_and_time(kernel, m, function)
+                except Exception as e:
+                    # A candidate that cannot be compiled, or is wrong, is not chosen; others may still be.
+                    tell(f"{where}: {_short(config)} failed: {' '.join(str(e).split())[:160]}")
+                    continue
+                found.append((result["us"], config, result))
+            if not found:
+                continue
+            us, best, result = min(found, key=lambda item: item[0])
+            tell(f"{where}: {us:9.2f} us of {len(found)}, was {_before(found, configs[0])}  {_short(best)}")
+            more = {"us": round(us, 3), "error": float(f"{result['error']:.3g}")}
+            table = table.merged([Entry(kernel.form(n, k), n, k, m, best, more)])
+            if save:
+                save(table)
+    return table
+
+
+def configurations(kernel: OurKernel, m: int, n: int, k: int) -> list[TuningConfig]:
+    """What to measure: what is chosen now, then the candidates; none twice."""
+    return list(dict.fromkeys([tuning.choose(m, n, k, kernel.form(n, k)), *tuning.candidates(m, n, k)]))
+
+
+def _before(found: list[tuple[float, TuningConfig, dict[str, Any]]], config: TuningConfig) -> str:
+    return next((f"{us:.2f}" for us, c, _ in found if c == config), "unknown")
+
+
+def _short(config: TuningConfig) -> str:
+    return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())

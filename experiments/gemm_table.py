@@ -1,6 +1,6 @@
 """The README's table of dense products, from a record of `w4a8jax bench gemm`.
 
-    python experiments/gemm_table.py experiments/results/gemm_h200.json
+python experiments/gemm_table.py experiments/results/gemm_h200.json
 """
 
 import json

@@ -33,7 +33,7 @@ from jaxtyping import Array, BFloat16, Float
 from .device_sums import add_partials, signal, store_partial, wait
 from .errors import W4A8Error
 from .fragments import FLAGS, TILE_COLUMNS, TILE_ROWS, FragmentWeight
-from .register_dequantize import F8, TABLES, WORDS, build_tables, dequantize_tile, scale_layout
+from .register_dequantize import F8, WORDS, build_tables, dequantize_tile, load_tables, scale_layout, table_words
 from .schedule import Schedule
 
 _SHARED_MEMORY = 227 * 1024
@@ -70,9 +70,9 @@ class TuningConfig:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes."""
+        """Bytes, for the form of codes whose tables are larger."""
         blocks = self.row_blocks * self.warpgroups
-        slot = blocks * (TILE_ROWS * TILE_COLUMNS // 2 + 32 * 16 + TILE_ROWS) + self.tile_tokens * TILE_COLUMNS
+        slot = blocks * TILE_ROWS * (TILE_COLUMNS // 2 + 16 + 1) + self.tile_tokens * TILE_COLUMNS
         fixed = blocks * self.tile_tokens * TILE_ROWS * 2 + self.warpgroups * 1024
         return self.stages * slot + fixed + 1024
 
@@ -162,7 +162,7 @@ def dense_gemm(
                 plgpu.barrier_wait(full.at[slot])
                 for i, (block, accumulator) in enumerate(zip(my_blocks, accumulators, strict=True)):
                     words = plgpu.load(words_smem.at[slot, block], layout=WORDS)
-                    tables = plgpu.load(tables_smem.at[slot, block], layout=TABLES)
+                    tables = load_tables(tables_smem.at[slot, block], w.form)
                     plgpu.wgmma(accumulator, dequantize_tile(words, tables, w.form), x_smem.at[slot].T)
                     plgpu.wgmma_wait(1)
                     if i == 0 and before is not None:
@@ -318,7 +318,7 @@ def dense_gemm(
         scratch_types={
             "words_smem": plgpu.SMEM((stages, blocks, 4, 256), jnp.uint32),
             "scales_smem": plgpu.SMEM((stages, blocks, 64), jnp.uint8),
-            "tables_smem": plgpu.SMEM((stages, blocks, 32, 4), jnp.uint32),
+            "tables_smem": plgpu.SMEM((stages, blocks, TILE_ROWS, table_words(w.form)), jnp.uint32),
             "x_smem": plgpu.SMEM((stages, config.tile_tokens, TILE_COLUMNS), F8, transforms=tiled(128)),
             "token_scale_smem": plgpu.SMEM((config.warpgroups, pl.cdiv(config.tile_tokens, 32) * 32), jnp.float32),
             "out_smem": plgpu.SMEM((blocks, config.tile_tokens, TILE_ROWS), jnp.bfloat16, transforms=tiled(64)),

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -47,17 +48,9 @@ _WORD = {
         prmt.b32 d, $9, $10, masked_high;
         xor.b32 $1, c, d; }""",
 }
-# Once a group and row, what the word form needs from the table L = (8, 1, 2, 3) s, H = (4, 5, 6, 7) s:
-# S = ((L & 0xFFFFFF00) ^ H, L ^ H), T = (H, -H). lop3's 0x6a is (a & b) ^ c.
-_ROW = {
-    "two_tables": """{ mov.b32 $2, $5;
-        xor.b32 $3, $5, 0x80808080;
-        xor.b32 $1, $4, $5;
-        lop3.b32 $0, $4, 0xffffff00, $5, 0x6a; }""",
-}
-# A row's table from its scale's e4m3 byte s ($2): products in fp16, which are exact, then one rounding to e4m3. The
+# A row's products from its scale's e4m3 byte s ($2): in fp16, where they are exact, then rounded once to e4m3. The
 # constants are codes in fp16, two a register.
-_TABLE = """{{ .reg .b32 s, a, b, c, d; .reg .b16 low, high, a8, b8, c8, d8;
+_PRODUCTS = """{{ .reg .b32 s, a, b, c, d; .reg .b16 low, high, a8, b8, c8, d8;
         mov.b32 {{low, high}}, $2;
         cvt.rn.f16x2.e4m3x2 s, low;
         prmt.b32 s, s, s, 0x1010;
@@ -75,34 +68,46 @@ _TABLE = """{{ .reg .b32 s, a, b, c, d; .reg .b16 low, high, a8, b8, c8, d8;
         cvt.rn.satfinite.e4m3x2.f16x2 d8, d;
         mov.b32 $0, {{a8, b8}};
         mov.b32 $1, {{c8, d8}}; }}"""
-_TABLE_CODES = {"sign_magnitude": (0, 1, 2, 3, 4, 5, 6, 7), "two_tables": (8, 1, 2, 3, 4, 5, 6, 7)}
+_PRODUCT_CODES = {"sign_magnitude": (0, 1, 2, 3, 4, 5, 6, 7), "two_tables": (8, 1, 2, 3, 4, 5, 6, 7)}
+# S and T from the products L = (8, 1, 2, 3) s and H = (4, 5, 6, 7) s: S = ((L & 0xFFFFFF00) ^ H, L ^ H), T = (H, -H).
+# lop3's 0x6a is (a & b) ^ c.
+_S_AND_T = """{ mov.b32 $2, $5;
+        xor.b32 $3, $5, 0x80808080;
+        xor.b32 $1, $4, $5;
+        lop3.b32 $0, $4, 0xffffff00, $5, 0x6a; }"""
+
+
+def table_words(form: Form) -> int:
+    """32-bit words of a row's table."""
+    return 4 if form == "two_tables" else 2
 
 
 def build_tables(scales: jax.Array, form: Form) -> jax.Array:
-    """The lookup tables of a step: e4m3 bytes of products of the scale with 0..7, or with 8 and 1..7.
+    """The lookup tables of a step: e4m3 bytes of products of the scale with the codes.
 
     Args:
         scales: uint8 [B, 64] in layout `scale_layout(B)`, in the order of `FragmentWeight.scales`; B even.
         form: of the words.
 
     Returns:
-        uint32 [B, 32, 4], the layout's two words a scale.
+        uint32 [B, 64, table_words(form)].
     """
-    blocks = scales.shape[0]
-    result = plgpu.Layout.WG_STRIDED((blocks, 32, 4), vec_size=2)
-    halves = np.array(_TABLE_CODES[form], np.float16).view(np.uint32)
-    text = _TABLE.format(*(f"0x{pair:08x}" for pair in halves))
+    shape = (scales.shape[0], 64, table_words(form))
+    result = plgpu.Layout.WG_STRIDED(shape, vec_size=shape[2])
+    pairs = np.array(_PRODUCT_CODES[form], np.float16).view(np.uint32)
+    text = _PRODUCTS.format(*(f"0x{pair:08x}" for pair in pairs))
 
     @plgpu.inline_mgpu(
-        arg_types=(scale_layout(blocks),),
-        return_type=plgpu.ShapeDtypeStruct((blocks, 32, 4), jnp.uint32, layout=result),
+        arg_types=(scale_layout(shape[0]),), return_type=plgpu.ShapeDtypeStruct(shape, jnp.uint32, layout=result)
     )
     def body(_: Any, scales: Any) -> Any:
         i32 = ir.IntegerType.get_signless(32)
-        registers = np.empty(result.to_mgpu().registers_shape((blocks, 32, 4)), dtype=object)
+        registers = np.empty(result.to_mgpu().registers_shape(shape), dtype=object)
         for i, scale in enumerate(scales.registers.flat):
-            byte = arith.extui(i32, vector.extract(scale, [], [0]))
-            registers.flat[i] = vector.from_elements(ir.VectorType.get((2,), i32), _asm([byte], 2, text))
+            words = _asm([arith.extui(i32, vector.extract(scale, [], [0]))], 2, text)
+            if form == "two_tables":
+                words = _asm(words, 4, _S_AND_T)
+            registers.flat[i] = vector.from_elements(ir.VectorType.get((len(words),), i32), words)
         return mgpu.FragmentedArray(_registers=registers, _layout=result.to_mgpu(), _is_signed=False)
 
     return body(scales)
@@ -113,19 +118,26 @@ def scale_layout(blocks: int) -> Any:
     return plgpu.Layout.WG_STRIDED((blocks, 64), vec_size=1)
 
 
-def dequantize_tile(words: jax.Array, tables: jax.Array, form: Form) -> jax.Array:
-    """uint32 [4, 256] in layout `WORDS` and uint32 [32, 4] in `TABLES` -> e4m3 [64, 128] in `FRAGMENT`."""
+def load_tables(tables: Any, form: Form) -> list[jax.Array]:
+    """Each thread's tables of rows r and r + 8 from shared memory uint32 [64, table_words(form)], in 16-byte loads."""
+    four = tables.reshape(32, 2 * table_words(form))
+    return [
+        plgpu.load(four.at[:, pl.ds(4 * i, 4)], layout=TABLES, optimized=False) for i in range(table_words(form) // 2)
+    ]
 
-    @plgpu.inline_mgpu(arg_types=(WORDS, TABLES), return_type=plgpu.ShapeDtypeStruct((64, 128), F8, layout=FRAGMENT))
+
+def dequantize_tile(words: jax.Array, tables: list[jax.Array], form: Form) -> jax.Array:
+    """uint32 [4, 256] in layout `WORDS` and what `load_tables` gave -> e4m3 [64, 128] in `FRAGMENT`."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(WORDS, [TABLES] * len(tables)),
+        return_type=plgpu.ShapeDtypeStruct((64, 128), F8, layout=FRAGMENT),
+    )
     def body(_: Any, words: Any, tables: Any) -> Any:
         i8, i32 = (ir.IntegerType.get_signless(bits) for bits in (8, 32))
-        (table,) = tables.registers.flat
-        table = [vector.extract(table, [], [i]) for i in range(4)]
-        rows = [table[:2], table[2:]]
-        if form in _ROW:
-            rows = [_asm(row, 4, _ROW[form]) for row in rows]
+        table = [vector.extract(t.registers.flat[0], [], [i]) for t in tables for i in range(4)]
         pairs = [
-            _asm([vector.extract(four, [], [i]), *rows[0], *rows[1]], 2, _WORD[form])
+            _asm([vector.extract(four, [], [i]), *table], 2, _WORD[form])
             for four in words.registers.flat
             for i in range(4)
         ]

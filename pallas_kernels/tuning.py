@@ -88,7 +88,7 @@ def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
         if wide and n >= (8192 if m <= 16 else 12288):
             config = TuningConfig(tokens, 2, 2, 8 if m <= 32 else 6 if m <= 64 else 4)
         else:
-            config = TuningConfig(tokens, 2, 1, 16 if m <= 32 else 10 if m <= 64 else 6)
+            config = TuningConfig(tokens, 2, 1, 16 if m <= 16 else 12 if m <= 32 else 10 if m <= 64 else 6)
     elif wide:
         config = TuningConfig(160, 2, 2, 3) if m >= 2048 else TuningConfig(128, 2, 2, 4)
     else:

@@ -115,6 +115,8 @@ def dense_gemm(
     n_tiles, m_tiles = n // config.tile_rows // config.cluster, pl.cdiv(m, config.tile_tokens)
     schedule = Schedule(n_tiles * m_tiles, k // TILE_COLUMNS, config.ctas // config.cluster, config.stream_k)
     part = next(p for p in (32, 24, 16, 8) if config.tile_tokens % p == 0)
+    uses_tables = table_words(w.form) > 0
+    accumulator_shapes = [plgpu.ACC((TILE_ROWS, config.tile_tokens))] * config.row_blocks
     # Partial sums of several blocks are loaded at a time, where registers allow.
     unroll = max(1, min(4, 64 // (config.tile_tokens * config.row_blocks // 2)))
 
@@ -134,14 +136,14 @@ def dense_gemm(
         partials: Any,
         words_smem: Any,
         scales_smem: Any,
-        tables_smem: Any,
         x_smem: Any,
         token_scale_smem: Any,
         out_smem: Any,
         full: Any,
-        scales_full: Any,
         consumed: Any,
         token_scale_full: Any,
+        tables_smem: Any = None,
+        scales_full: Any = None,
     ) -> None:
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index("rank") if config.cluster > 1 else 0
@@ -167,6 +169,25 @@ def dense_gemm(
                     plgpu.wgmma_wait(1)
                     if i == 0 and before is not None:
                         plgpu.barrier_arrive(consumed.at[before])
+
+            def multiply_exactly(sums: Any, slot: Any) -> list[Array]:
+                """Adds a step's products times the scales of its groups, which codes do not hold."""
+                plgpu.barrier_wait(full.at[slot])
+
+                def products(*parts: Any) -> list[Array]:
+                    for block, part in zip(my_blocks, parts, strict=True):
+                        words = plgpu.load(words_smem.at[slot, block], layout=WORDS)
+                        plgpu.wgmma(part, dequantize_tile(words, [], w.form), x_smem.at[slot].T)
+                    return [part[...] for part in parts]
+
+                parts = pl.run_scoped(products, *accumulator_shapes)
+                layout = plgpu.Layout.WGMMA.reduce(1)
+                scales = [plgpu.load(scales_smem.at[slot, block], layout=layout) for block in my_blocks]
+                plgpu.barrier_arrive(consumed.at[slot])
+                return [
+                    total + part * lax.broadcast_in_dim(scale, part.shape, (0,))
+                    for total, part, scale in zip(sums, parts, scales, strict=True)
+                ]
 
             def row_scales(first_block: Any) -> list[Array]:
                 layout = plgpu.Layout.WGMMA.reduce(1)
@@ -219,21 +240,30 @@ def dense_gemm(
                     plgpu.barrier_arrive(consumed.at[slot])
                     return [accumulator[...] for accumulator in accumulators]
 
-                shapes = [plgpu.ACC((TILE_ROWS, config.tile_tokens))] * config.row_blocks
-                results = pl.run_scoped(accumulate, *shapes)
+                if uses_tables:
+                    results = pl.run_scoped(accumulate, *accumulator_shapes)
+                else:
+                    zero = jnp.zeros((TILE_ROWS, config.tile_tokens), jnp.float32)
+                    zeros = [plgpu.layout_cast(zero, plgpu.Layout.WGMMA) for _ in my_blocks]
+                    _, results = lax.fori_loop(
+                        low,
+                        high,
+                        lambda _, carry: (following(carry[0]), multiply_exactly(carry[1], carry[0])),
+                        (lax.rem(done, stages), zeros),
+                    )
                 plgpu.barrier_wait(token_scale_full.at[warpgroup])
                 if not schedule.splits:
                     epilogue(first_block, first_token, scales, results)
                     return done + high - low
 
                 @pl.when(high < schedule.k_steps)
-                def _() -> None:
+                def contribute() -> None:
                     for b, result in enumerate(results):
                         store_partial(result, partials.at[block_id, warpgroup, b])
                     signal(flags.at[(schedule.owner(tile) * config.cluster + rank) * config.warpgroups + warpgroup])
 
                 @pl.when(high == schedule.k_steps)
-                def _() -> None:
+                def finish() -> None:
                     first = jnp.where(low > 0, schedule.first_peer(tile), cta)
                     pl.when(low > 0)(lambda: wait(flags.at[block_id * config.warpgroups + warpgroup], cta - first))
 
@@ -277,19 +307,22 @@ def dense_gemm(
                     slot = lax.rem(i, stages)
                     pl.when(i >= stages)(lambda: plgpu.barrier_wait(consumed.at[slot]))
                     plgpu.copy_gmem_to_smem(words_gmem.at[rows, ki], words_smem.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(scales_gmem.at[rows, ki], scales_smem.at[slot], scales_full.at[slot])
+                    arrived = scales_full if uses_tables else full
+                    plgpu.copy_gmem_to_smem(scales_gmem.at[rows, ki], scales_smem.at[slot], arrived.at[slot])
                     plgpu.copy_gmem_to_smem(
                         x_gmem.at[pl.ds(first_token, config.tile_tokens), pl.ds(ki * TILE_COLUMNS, TILE_COLUMNS)],
                         x_smem.at[slot],
                         full.at[slot],
                         collective_axes="rank" if config.cluster > 1 else None,
                     )
-                    pl.when(i >= lag)(lambda: tables(i - lag))
+                    if uses_tables:
+                        pl.when(i >= lag)(lambda: tables(i - lag))
 
                 return done + high - low
 
             steps = lax.fori_loop(0, schedule.segments(cta), segment, 0)
-            pl.loop(jnp.maximum(steps - lag, 0), steps)(tables)
+            if uses_tables:
+                pl.loop(jnp.maximum(steps - lag, 0), steps)(tables)
             if config.cluster > 1:
                 # The other block of the cluster still signals this one's barriers.
                 pl.loop(jnp.maximum(steps - stages, 0), steps)(
@@ -302,6 +335,10 @@ def dense_gemm(
     cluster: dict[str, Any] = {"cluster": (config.cluster,), "cluster_names": ("rank",)} if config.cluster > 1 else {}
     arrivals: dict[str, Any] = {"num_barriers": stages, "num_arrivals": config.warpgroups}
     sharers = schedule.grid * config.cluster if schedule.splits else 1
+    tables: dict[str, Any] = {
+        "tables_smem": plgpu.SMEM((stages, blocks, TILE_ROWS, table_words(w.form)), jnp.uint32),
+        "scales_full": plgpu.Barrier(num_barriers=stages),
+    }
     kernel = plgpu.kernel(
         body,
         out_type=(
@@ -317,17 +354,16 @@ def dense_gemm(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         scratch_types={
             "words_smem": plgpu.SMEM((stages, blocks, 4, 256), jnp.uint32),
-            "scales_smem": plgpu.SMEM((stages, blocks, 64), jnp.uint8),
-            "tables_smem": plgpu.SMEM((stages, blocks, TILE_ROWS, table_words(w.form)), jnp.uint32),
+            "scales_smem": plgpu.SMEM((stages, blocks, TILE_ROWS), w.scales.dtype),
             "x_smem": plgpu.SMEM((stages, config.tile_tokens, TILE_COLUMNS), F8, transforms=tiled(128)),
             "token_scale_smem": plgpu.SMEM((config.warpgroups, pl.cdiv(config.tile_tokens, 32) * 32), jnp.float32),
             "out_smem": plgpu.SMEM((blocks, config.tile_tokens, TILE_ROWS), jnp.bfloat16, transforms=tiled(64)),
             "full": plgpu.Barrier(num_barriers=stages, num_arrivals=3),
-            "scales_full": plgpu.Barrier(num_barriers=stages),
             "consumed": plgpu.ClusterBarrier(collective_axes=("rank",), **arrivals)
             if config.cluster > 1
             else plgpu.Barrier(**arrivals),
             "token_scale_full": plgpu.Barrier(num_barriers=config.warpgroups),
+            **(tables if uses_tables else {}),
         },
         **cluster,
     )

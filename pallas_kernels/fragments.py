@@ -10,6 +10,12 @@ How a word holds its codes (its form) is chosen so that few instructions turn it
 - "sign_magnitude", codes -7..7: nibble i has |code i| in its low 3 bits; the signs of codes 0..3 are at bits 7, 15, 23
   and 31, where the first result needs them, and those of codes 4..7 at bits 3, 11, 19 and 27.
 - "two_tables", codes -8..7: nibble i is `8 * (4 <= |q| <= 7) + 4 * (q < 0) + (|q| & 3)`.
+
+Those are for "lut" numerics. For "exact", the byte `sign | i` is i * 2^-9 in e4m3, up to i = 8, so codes need no table:
+
+- "subnormal", codes -7..7: codes 0..3 have |code| at bits 0, 8, 16 and 24 and their signs at bits 7, 15, 23 and 31;
+  codes 4..7 the same after the word is rotated left by 4.
+- "subnormal_8", codes -8..7: the same, with |code| - 1 where the code is negative.
 """
 
 import dataclasses
@@ -24,7 +30,13 @@ from .weight_format import W4Weight
 
 TILE_ROWS, TILE_COLUMNS = 64, 128
 
-Form = Literal["sign_magnitude", "two_tables"]
+Form = Literal["sign_magnitude", "two_tables", "subnormal", "subnormal_8"]
+_FORMS: dict[tuple[str, int], Form] = {
+    ("lut", -7): "sign_magnitude",
+    ("lut", -8): "two_tables",
+    ("exact", -7): "subnormal",
+    ("exact", -8): "subnormal_8",
+}
 
 FLAGS = 1024  # more than blocks times warpgroups
 
@@ -36,8 +48,8 @@ class FragmentWeight:
 
     Attributes:
         words: uint32 [N/64, K/128, 4, 256], codes in fragment order.
-        scales: uint8 [N/64, K/128, 64], the group scales' e4m3 bytes, not negative; row 16 w + 8 h + r of a tile (r in
-            0..7) is at 16 w + 2 r + h.
+        scales: [N/64, K/128, 64]. For "lut" numerics uint8, the group scales' e4m3 bytes, not negative, row
+            16 w + 8 h + r of a tile (r in 0..7) at 16 w + 2 r + h; for "exact" fp32, scales times 2^9, row by row.
         channel_scale: fp32 [N].
         flags: int32 [FLAGS], zeros: where blocks of the kernel that share a tile signal each other. The kernel leaves
             zeros, so that it needs no clearing before each run.
@@ -52,18 +64,22 @@ class FragmentWeight:
 
     @classmethod
     def from_weight(cls, w: W4Weight) -> Self:
-        """Repacks a weight in "lut" numerics.
+        """Repacks a weight.
 
         Raises:
-            W4A8Error: its numerics, group size or shape are not the kernel's.
+            W4A8Error: its group size or shape is not the kernel's.
         """
-        if w.numerics != "lut" or len(w.shape) != 2 or w.group_size != TILE_COLUMNS:
-            raise W4A8Error(f"kernel: expected lut numerics, [N, K], groups of 128; found {w.numerics}, {w.shape}")
+        if len(w.shape) != 2 or w.group_size != TILE_COLUMNS:
+            raise W4A8Error(f"kernel: expected [N, K], groups of 128; found {list(w.shape)}, groups of {w.group_size}")
         if w.shape[0] % TILE_ROWS or w.shape[1] % TILE_COLUMNS:
             raise W4A8Error(f"kernel: N must be a multiple of 64 and K of 128, found {list(w.shape)}")
-        form: Form = "sign_magnitude" if w.code_min == -7 else "two_tables"
-        flags = jnp.zeros(FLAGS, jnp.int32)
-        return cls(fragment_words(w.codes, form), fragment_scales(w.group_scale), w.channel_scale, flags, form)
+        form, flags = _FORMS[w.numerics, w.code_min], jnp.zeros(FLAGS, jnp.int32)
+        if w.numerics == "lut":
+            scales = fragment_scales(w.group_scale)
+        else:
+            scales = 2.0**9 * w.group_scale.astype(jnp.float32)
+            scales = scales.reshape(w.shape[0] // TILE_ROWS, TILE_ROWS, -1).transpose(0, 2, 1)
+        return cls(fragment_words(w.codes, form), scales, w.channel_scale, flags, form)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,6 +98,10 @@ def fragment_words(codes: Int[Array, "N K"], form: Form) -> UInt[Array, "N/64 K/
     if form == "sign_magnitude":
         sign_bit = jnp.where(i < 4, 8 * i + 7, 8 * (i - 4) + 3)
         bits = magnitude.astype(jnp.uint32) << (4 * i) | negative.astype(jnp.uint32) << sign_bit
+    elif form in ("subnormal", "subnormal_8"):
+        magnitude = magnitude - negative if form == "subnormal_8" else magnitude
+        at, sign_bit = (jnp.where(i < 4, 8 * i + first, (8 * i + second) % 32) for first, second in ((0, 28), (7, 3)))
+        bits = magnitude.astype(jnp.uint32) << at | negative.astype(jnp.uint32) << sign_bit
     else:
         large = (magnitude >= 4) & (magnitude <= 7)
         bits = (8 * large + 4 * negative + (magnitude & 3)).astype(jnp.uint32) << (4 * i)

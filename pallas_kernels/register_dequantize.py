@@ -47,6 +47,21 @@ _WORD = {
         prmt.b32 c, $7, $8, high;
         prmt.b32 d, $9, $10, masked_high;
         xor.b32 $1, c, d; }""",
+    "subnormal": """{ .reg .b32 rotated;
+        and.b32 $0, $2, 0x87878787;
+        shf.l.wrap.b32 rotated, $2, $2, 4;
+        and.b32 $1, rotated, 0x87878787; }""",
+    # Adds one where the sign is set: sign | e becomes sign | e + 1.
+    "subnormal_8": """{ .reg .b32 rotated, sign, byte;
+        shf.l.wrap.b32 rotated, $2, $2, 4;
+        and.b32 sign, $2, 0x80808080;
+        and.b32 byte, $2, 0x87878787;
+        shr.u32 sign, sign, 7;
+        add.u32 $0, sign, byte;
+        and.b32 sign, rotated, 0x80808080;
+        and.b32 byte, rotated, 0x87878787;
+        shr.u32 sign, sign, 7;
+        add.u32 $1, sign, byte; }""",
 }
 # A row's products from its scale's e4m3 byte s ($2): in fp16, where they are exact, then rounded once to e4m3. The
 # constants are codes in fp16, two a register.
@@ -78,8 +93,8 @@ _S_AND_T = """{ mov.b32 $2, $5;
 
 
 def table_words(form: Form) -> int:
-    """32-bit words of a row's table."""
-    return 4 if form == "two_tables" else 2
+    """32-bit words of a row's table; 0 if codes need none."""
+    return {"sign_magnitude": 2, "two_tables": 4}.get(form, 0)
 
 
 def build_tables(scales: jax.Array, form: Form) -> jax.Array:

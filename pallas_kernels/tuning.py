@@ -83,12 +83,15 @@ def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
     them; with many, the largest tiles. Blocks share tiles where the estimated gain exceeds the cost of adding up.
     """
     wide = n % 256 == 0
-    if m <= 128:
-        tokens = next(t for t in (8, 16, 32, 64, 128) if m <= t)
-        if wide and n >= (8192 if m <= 16 else 12288):
-            config = TuningConfig(tokens, 2, 2, 8 if m <= 32 else 6 if m <= 64 else 4)
+    # "exact" numerics have two accumulators for each row block: larger tiles do not fit registers or the budget.
+    most = {"subnormal": 64, "subnormal_8": 48}.get(form, 128)
+    if m <= 128 or most < 128:
+        tokens = next(t for t in sorted({8, 16, 32, 64, most}) if m <= t or t == most)
+        if wide and (n >= (8192 if m <= 16 else 12288) or m > 128):
+            config = TuningConfig(tokens, 2, 2, 8 if tokens <= 32 else 6 if tokens <= 64 else 4)
         else:
-            config = TuningConfig(tokens, 2, 1, 16 if m <= 16 else 12 if m <= 32 else 10 if m <= 64 else 6)
+            stages = 16 if tokens <= 16 else 12 if tokens <= 32 else 10 if tokens <= 64 else 6
+            config = TuningConfig(tokens, 2, 1, stages)
     elif wide:
         config = TuningConfig(160, 2, 2, 3) if m >= 2048 else TuningConfig(128, 2, 2, 4)
     else:

@@ -73,3 +73,19 @@ def test_configs_that_do_not_fit_are_refused(config: TuningConfig, message: str)
     f = FragmentWeight.from_weight(weight_of(*random_checkpoint(0, 256, 256, code_min=-7), code_min=-7))
     with pytest.raises(W4A8Error, match=message):
         dense_gemm(jnp.zeros((16, 256), jnp.float8_e4m3fn), jnp.ones((16, 1)), f, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_hopper(), reason="no Hopper GPU")
+@pytest.mark.parametrize("code_min", [-7, -8])
+@pytest.mark.parametrize(("m", "config"), [(1, (8, 2, 1, 8, True)), (136, (64, 2, 2, 6, True)), (504, (64, 2, 2, 6))])
+def test_exact_products_on_gpu(code_min: int, m: int, config: tuple[Any, ...]) -> None:
+    codes, scale = random_checkpoint(m, 768, 512, code_min=code_min)
+    w = weight_of(codes, scale, numerics="exact", code_min=code_min)
+    x = np.random.default_rng(m).standard_normal((m, 512))
+    x8, token_scale = quantize_activations(jnp.asarray(x, jnp.bfloat16))
+    found = np.asarray(dense_gemm(x8, token_scale, FragmentWeight.from_weight(w), TuningConfig(*config)), np.float64)
+    a, b = (np.asarray(v, np.float32).astype(np.float64) for v in (x8, w.operand()))
+    expected = np.asarray(token_scale, np.float64) * (a @ b.T)
+    # The rounding to bf16 alone is 1.7e-3, and sums are of 128 products.
+    assert np.linalg.norm(found - expected) < 1.8e-3 * np.linalg.norm(expected)

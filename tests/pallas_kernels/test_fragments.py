@@ -46,8 +46,32 @@ def table_of(scale: np.uint8, code_min: int) -> list[int]:
     return [int(word) for word in levels.view(np.uint32)]
 
 
+def decode_subnormal(word: int, code_min: int) -> list[int]:
+    rotated = (word << 4 | word >> 28) & 0xFFFFFFFF
+    if code_min == -7:
+        return [word & 0x87878787, rotated & 0x87878787]
+    return [((w & 0x80808080) >> 7) + (w & 0x87878787) for w in (word, rotated)]
+
+
 @pytest.mark.parametrize("code_min", [-7, -8])
-def test_threads_find_their_operands(code_min: int) -> None:
+def test_threads_find_exact_codes(code_min: int) -> None:
+    codes, scale = random_checkpoint(4, 64, 128, code_min=code_min)
+    w = weight_of(codes, scale, numerics="exact", code_min=code_min)
+    f = FragmentWeight.from_weight(w)
+    np.testing.assert_array_equal(np.asarray(f.scales)[0, 0] / 512, np.asarray(scale, np.float32)[:, 0])
+    flat = np.asarray(f.words)[0, 0].astype(object).reshape(2, 128, 4)
+    codes = np.asarray(w.codes)
+    for thread in range(128):
+        warp, lane = divmod(thread, 32)
+        for c in range(8):
+            for half, bytes_ in enumerate(decode_subnormal(flat[c // 4, thread, c % 4], code_min)):
+                row, column = 16 * warp + lane // 4 + 8 * half, 16 * c + 4 * (lane % 4)
+                found = np.frombuffer(int(bytes_).to_bytes(4, "little"), ml_dtypes.float8_e4m3fn)
+                np.testing.assert_array_equal(512 * found.astype(np.float32), codes[row, column : column + 4])
+
+
+@pytest.mark.parametrize("code_min", [-7, -8])
+def test_threads_find_their_find_their_operands(code_min: int) -> None:
     w = weight_of(*random_checkpoint(3, 128, 256, code_min=code_min), code_min=code_min)
     f = FragmentWeight.from_weight(w)
     decode = {-7: decode_sign_magnitude, -8: decode_two_tables}[code_min]
@@ -72,11 +96,11 @@ def test_threads_find_their_operands(code_min: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "numerics", "message"),
-    [((64, 256), "exact", "expected lut numerics"), ((96, 256), "lut", "N must be a multiple of 64")],
+    ("shape", "groups", "message"),
+    [((64, 256), 4, "groups of 128; found"), ((96, 256), 2, "N must be a multiple of 64")],
 )
-def test_what_the_kernel_cannot_take_is_refused(shape: tuple[int, int], numerics: str, message: str) -> None:
+def test_what_the_kernel_cannot_take_is_refused(shape: tuple[int, int], groups: int, message: str) -> None:
     packed = jnp.zeros((shape[0], shape[1] // 8), jnp.int32)
-    scale = jnp.ones((shape[0], shape[1] // 128), jnp.bfloat16)
+    scale = jnp.ones((shape[0], groups), jnp.bfloat16)
     with pytest.raises(W4A8Error, match=message):
-        FragmentWeight.from_weight(W4Weight.from_checkpoint(packed, scale, numerics=numerics))
+        FragmentWeight.from_weight(W4Weight.from_checkpoint(packed, scale))

@@ -84,7 +84,7 @@ def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
     """
     wide = n % 256 == 0
     # "exact" numerics have two accumulators for each row block: larger tiles do not fit registers or the budget.
-    most = {"subnormal": 64, "subnormal_8": 48}.get(form, 128)
+    most = {"subnormal": 64, "subnormal_8": 32}.get(form, 128)
     if m <= 128 or most < 128:
         tokens = next(t for t in sorted({8, 16, 32, 64, most}) if m <= t or t == most)
         if wide and (n >= (8192 if m <= 16 else 12288) or m > 128):

@@ -86,8 +86,8 @@ class TuningConfig:
             raise W4A8Error(f"kernel: N {n} is no multiple of {self.tile_rows * self.cluster} rows, those of {self}")
         if self.shared_memory > _SHARED_MEMORY:
             raise W4A8Error(f"kernel: {self} needs {self.shared_memory} bytes of shared memory; {_SHARED_MEMORY} exist")
-        if self.stages < 2 or self.warpgroups not in (1, 2, 3) or self.cluster not in (1, 2):
-            raise W4A8Error(f"kernel: at least 2 stages, 1 to 3 warpgroups and clusters of 1 or 2, found {self}")
+        if self.stages < 3 or self.warpgroups not in (1, 2, 3) or self.cluster not in (1, 2):
+            raise W4A8Error(f"kernel: at least 3 stages, 1 to 3 warpgroups and clusters of 1 or 2, found {self}")
         if self.ctas * self.warpgroups > FLAGS:
             raise W4A8Error(f"kernel: ctas * warpgroups is at most {FLAGS}, found {self}")
 
@@ -111,7 +111,8 @@ def dense_gemm(
         raise W4A8Error(f"kernel: x [{m}, {k}] and w [{n}, {w_k}] do not fit")
     config.check(n, k)
     stages, blocks = config.stages, config.row_blocks * config.warpgroups
-    lag = max(stages - 2, 1)  # steps between a copy and the use of its scales
+    # Steps between a copy and the use of its scales. With one more, what frees a slot would wait for that slot.
+    lag = stages - 2
     n_tiles, m_tiles = n // config.tile_rows // config.cluster, pl.cdiv(m, config.tile_tokens)
     schedule = Schedule(n_tiles * m_tiles, k // TILE_COLUMNS, config.ctas // config.cluster, config.stream_k)
     part = next(p for p in (32, 24, 16, 8) if config.tile_tokens % p == 0)
@@ -192,7 +193,7 @@ def dense_gemm(
             def row_scales(first_block: Any) -> list[Array]:
                 layout = plgpu.Layout.WGMMA.reduce(1)
                 rows = [pl.ds((first_block + block) * TILE_ROWS, TILE_ROWS) for block in my_blocks]
-                return [plgpu.load(channel_scale_gmem, r, layout=layout, optimized=False) for r in rows]
+                return [plgpu.load(channel_scale_gmem.at[r], layout=layout, optimized=False) for r in rows]
 
             def epilogue(first_block: Any, first_token: Any, scales: Any, results: Any) -> None:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)

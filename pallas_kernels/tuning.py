@@ -142,7 +142,7 @@ def candidates(m: int, n: int, k: int) -> list[TuningConfig]:
 
 def _stages(config: TuningConfig, n: int, k: int) -> list[int]:
     """The deepest pipeline that fits, and the deepest power of two, which costs fewer instructions."""
-    depths = range(2, min(16, k // 128) + 1)
+    depths = range(3, max(3, min(16, k // 128)) + 1)
     fitting = [s for s in depths if not tuning_tables.misfit(dataclasses.replace(config, stages=s), n, k)]
     if not fitting:
         return []

@@ -66,7 +66,7 @@ class TestOnGpu:
         (TuningConfig(16, 1), "row_blocks must be"),
         (TuningConfig(16, 3, 1), "even for odd warpgroups"),
         (TuningConfig(16, 2, 2, 4, cluster=2), "no multiple of 512 rows"),
-        (TuningConfig(16, 2, 1, 1), "at least 2 stages"),
+        (TuningConfig(16, 2, 1, 2), "at least 3 stages"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(config: TuningConfig, message: str) -> None:

@@ -79,6 +79,8 @@ class TuningConfig:
     def check(self, n: int, k: int) -> None:
         """Raises W4A8Error if the config cannot take a weight [N, K]."""
         blocks = self.row_blocks * self.warpgroups
+        if not (8 <= self.tile_tokens <= 256 and self.tile_tokens % 8 == 0):
+            raise W4A8Error(f"kernel: tile_tokens must be a multiple of 8 up to 256, found {self}")
         if self.row_blocks < 2 or blocks % 2:
             # With one, the next block's weights would be written to registers that a wgmma in flight still reads.
             raise W4A8Error(f"kernel: row_blocks must be at least 2, and even for odd warpgroups, found {self}")

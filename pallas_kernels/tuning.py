@@ -79,8 +79,9 @@ def force_config(config: TuningConfig | None) -> Iterator[None]:
 def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
     """A configuration for M tokens and a weight [N, K], N a multiple of 128, that no table knows.
 
-    From measurements on one H200: with few tokens, small tiles in a deep pipeline, of 256 rows where N has enough of
-    them; with many, the largest tiles. Blocks share tiles where the estimated gain exceeds the cost of adding up.
+    From measurements of "lut" numerics on one H200: with few tokens, small tiles in a deep pipeline, of 256 rows where
+    N has enough of them; with many, the largest tiles. Blocks share tiles where the estimated gain exceeds the cost of
+    adding up. For "exact" numerics nothing was measured.
     """
     wide = n % 256 == 0
     # "exact" numerics have two accumulators for each row block: larger tiles do not fit registers or the budget.

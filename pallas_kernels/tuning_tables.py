@@ -116,8 +116,6 @@ def slug(device_kind: str) -> str:
 
 def misfit(config: TuningConfig, n: int, k: int) -> str | None:
     """Why a configuration cannot run on a weight [N, K]; None if it can."""
-    if not (8 <= config.tile_tokens <= 256 and config.tile_tokens % 8 == 0):
-        return f"tile_tokens must be a multiple of 8 up to 256, found {config.tile_tokens}"
     try:
         config.check(n, k)
     except W4A8Error as e:

@@ -63,6 +63,7 @@ class TestOnGpu:
     [
         (TuningConfig(16, 2, 3), "no multiple of 384 rows"),
         (TuningConfig(128, 2, 2, 8), "bytes of shared memory"),
+        (TuningConfig(12), "tile_tokens must be a multiple of 8"),
         (TuningConfig(16, 1), "row_blocks must be"),
         (TuningConfig(16, 3, 1), "even for odd warpgroups"),
         (TuningConfig(16, 2, 2, 4, cluster=2), "no multiple of 512 rows"),

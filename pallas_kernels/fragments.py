@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from .errors import W4A8Error
-from .weight_format import W4Weight
+from .weight_format import W4Weight, unpack_codes
 
 TILE_ROWS, TILE_COLUMNS = 64, 128
 
@@ -38,6 +38,7 @@ _FORMS: dict[tuple[str, int], Form] = {
     ("exact", -8): "subnormal_8",
 }
 
+_REPACKED_TILES = 64  # at a time
 FLAGS = 1024  # more than blocks times warpgroups
 
 
@@ -79,12 +80,22 @@ class FragmentWeight:
         else:
             scales = 2.0**9 * w.group_scale.astype(jnp.float32)
             scales = scales.reshape(w.shape[0] // TILE_ROWS, TILE_ROWS, -1).transpose(0, 2, 1)
-        return cls(fragment_words(w.codes, form), scales, w.channel_scale, flags, form)
+        return cls(_repack(w.packed, form), scales, w.channel_scale, flags, form)
 
     @property
     def shape(self) -> tuple[int, int]:
         """[N, K]."""
         return self.words.shape[0] * TILE_ROWS, self.words.shape[1] * TILE_COLUMNS
+
+
+def _repack(packed: Int[Array, "N K/8"], form: Form) -> UInt[Array, "N/64 K/128 4 256"]:
+    """`fragment_words` of packed codes, a few rows at a time: codes of the whole weight would be twice its size."""
+    tiles = packed.shape[0] // TILE_ROWS
+    some = next(t for t in range(min(tiles, _REPACKED_TILES), 0, -1) if tiles % t == 0)
+    parts = jax.lax.map(
+        lambda part: fragment_words(unpack_codes(part), form), packed.reshape(-1, some * TILE_ROWS, packed.shape[1])
+    )
+    return parts.reshape(tiles, *parts.shape[2:])
 
 
 def fragment_words(codes: Int[Array, "N K"], form: Form) -> UInt[Array, "N/64 K/128 4 256"]:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_weights import random_checkpoint, weight_of
+from random_weights import extreme_checkpoint, random_checkpoint, weight_of
 
-from pallas_kernels import W4A8Error, quantize_activations
+from pallas_kernels import W4A8Error, W4Weight, quantize_activations, w4a8_matmul
 from pallas_kernels.dense_gemm import TuningConfig, dense_gemm
 from pallas_kernels.fragments import FragmentWeight
 
@@ -24,11 +24,53 @@ CASES = [  # tokens and TuningConfig: tile_tokens, row_blocks, warpgroups, stage
     (8, (8, 2, 3, 4)),
     (24, (16, 2, 2, 8, True)),
     (64, (64, 3, 2, 4, True)),
-    (136, (128, 2, 2, 4, True, 2)),
+    (136, (128, 2, 1, 6, True, 2)),
     (504, (96, 2, 3, 3, True)),
     (1000, (160, 2, 2, 3)),
     (1504, (16, 2, 1, 16, True)),
 ]
+
+
+def on_cpu(w: W4Weight, x: Any) -> tuple[FragmentWeight, np.ndarray]:
+    """The kernel's weight, and the product of x in float64. Made on the CPU, where small programs compile quickly."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        x8, token_scale = (np.asarray(v) for v in quantize_activations(x))
+        expected = np.asarray(w.channel_scale, np.float64) * (
+            token_scale.astype(np.float64) * (x8.astype(np.float64) @ np.asarray(w.operand()).astype(np.float64).T)
+        )
+        return jax.device_get(jax.jit(FragmentWeight.from_weight)(w)), expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_hopper(), reason="no Hopper GPU")
+class TestOpOnGpu:
+    @pytest.mark.parametrize("seed", range(8))
+    def test_random_ragged_shapes(self, seed: int) -> None:
+        """25 shapes a seed, with the heuristic's configurations; memory holds NaN where the kernel must write."""
+        rng = np.random.default_rng(seed)
+        failed = []
+        for i in range(25):
+            m, (n, k) = int(np.exp(rng.uniform(0, 8))), 128 * rng.integers(1, 25, 2)
+            code_min, numerics = [(-7, "lut"), (-8, "lut"), (-7, "exact"), (-8, "exact")][i % 4]
+            codes, scale = random_checkpoint(i, n, k, code_min=code_min)
+            x = (rng.standard_normal((m, k)) * np.exp(rng.uniform(-9, 9, (m, 1)))).astype(jnp.bfloat16)
+            f, expected = on_cpu(weight_of(codes, scale, numerics=numerics, code_min=code_min), x)
+            f, x = jax.device_put((f, x))
+            product = jax.jit(w4a8_matmul)
+            jax.block_until_ready(jax.device_put(np.full((4 * m * n + 2**24,), np.nan, np.float32))).delete()
+            found, again = (np.asarray(product(x, f), np.float64) for _ in range(2))
+            error = np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30)
+            # Of 3072 products at most; the limit is test_products', with room for longer sums.
+            if not error < 2.5e-3 or not np.array_equal(found, again) or np.any(np.asarray(f.flags)):
+                failed.append((m, int(n), int(k), numerics, code_min, error, np.array_equal(found, again)))
+        assert not failed
+
+    @pytest.mark.parametrize("numerics", ["lut", "exact"])
+    def test_extreme_scales(self, numerics: str) -> None:
+        w = weight_of(*extreme_checkpoint(640, 512), numerics=numerics)
+        f, expected = on_cpu(w, np.eye(512, dtype=np.float32).astype(jnp.bfloat16))
+        found = np.asarray(jax.jit(w4a8_matmul)(jnp.eye(512, dtype=jnp.bfloat16), jax.device_put(f)), np.float64)
+        np.testing.assert_allclose(found, expected, rtol=2**-8)
 
 
 @pytest.mark.parametrize("code_min", [-7, -8])

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
@@ -68,6 +68,19 @@ class Table:
     def merged(self, entries: Iterable[Entry]) -> Self:
         """With further entries, which replace those of the same key."""
         return type(self)(self.device, [*self.entries.values(), *entries])
+
+    def part(self, k: int, n: int, tokens: Collection[int]) -> Self:
+        """A table of the entries of a shape with some of the values of M."""
+        some = [e for e in self.entries.values() if (e.k, e.n) == (k, n) and e.m in tokens]
+        return type(self)(self.device, some)
+
+    def update(self, path: str | Path) -> None:
+        """Adds the entries of a file that `write` wrote, which replace those of the same key.
+
+        Raises:
+            W4A8Error: see `read`.
+        """
+        self.entries |= read(path).entries
 
     def write(self, path: str | Path) -> None:
         """Writes a JSON file, one line for each entry.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import gc
 import importlib.metadata
 import subprocess
@@ -18,7 +17,7 @@ from pallas_kernels import tuning
 from pallas_kernels.errors import W4A8Error
 
 from . import floor, operands, timing
-from .kernels import Compilations, Kernel, our_kernels
+from .kernels import Kernel, our_kernels
 from .operands import Tokens, Weights
 from .record import Record
 
@@ -69,7 +68,6 @@ def run(
     save: Callable[[Record], None] | None = None,
     progress: Callable[[str], None] | None = None,
     measure: Callable[..., timing.Timing] = timing.measure,
-    jobs: int | None = None,
 ) -> Record:
     """Measures each kernel at each point that the record has not measured yet, and adds a row for it.
 
@@ -83,53 +81,48 @@ def run(
         save: called after each point with the record.
         progress: called with a line of text for each row.
         measure: `timing.measure`, or what stands for it.
-        jobs: threads that compile.
     """
-    shapes = list(shapes)
     done = set(record.measured)
-    todo = {(k, n): [(m, [x for x in kernels if (k, n, m, x.name) not in done]) for m in tokens] for k, n in shapes}
-    with Compilations(jobs) as compilations:
-        for (k, n), points in todo.items():
-            for m, wanted in points:
-                for kernel in wanted:
-                    if compile := kernel.ahead(m, n, k):
-                        compilations.start((kernel.name, m, n, k), compile)
-        for (k, n), points in todo.items():
-            bench = Shape(k, n, measure)
-            for m, wanted in points:
-                for kernel in wanted:
-                    make = functools.partial(kernel.function, m, n, k)
-                    row = bench.row(kernel, m, functools.partial(compilations.get, (kernel.name, m, n, k), make))
-                    record.add(row)
-                    if progress:
-                        record.derive()
-                        progress(line(row))
-                if save and wanted:
-                    save(record)
-            del bench
-            gc.collect()
-            for kernel in kernels:
-                kernel.release()
+    for k, n in shapes:
+        bench = Shape(k, n, tokens, measure)
+        for m in tokens:
+            wanted = [kernel for kernel in kernels if (k, n, m, kernel.name) not in done]
+            for kernel in wanted:
+                row = bench.row(kernel, m)
+                record.add(row)
+                if progress:
+                    record.derive()
+                    progress(line(row))
+            if save and wanted:
+                save(record)
+        del bench
+        gc.collect()
+        for kernel in kernels:
+            kernel.release()
     return record
 
 
 class Shape:
     """The operands of one (K, N), kept while its points are measured."""
 
-    def __init__(self, k: int, n: int, measure: Callable[..., timing.Timing] = timing.measure) -> None:
+    def __init__(
+        self, k: int, n: int, tokens: Sequence[int], measure: Callable[..., timing.Timing] = timing.measure
+    ) -> None:
+        """tokens: the values of M that will be asked for."""
         self.k, self.n, self.measure = k, n, measure
+        self._activations = operands.Activations(k, max(m * self._sets(m) for m in tokens))
         self._weights: dict[int, Weights] = {}
         self._prepared: dict[str, list[Any]] = {}
         self._tokens: Tokens | None = None
         self._expected: dict[tuple[str, int], np.ndarray] = {}
 
-    def row(self, kernel: Kernel, m: int, compile: Callable[[], Callable[[Any, Any], Any]]) -> dict[str, Any]:
+    def row(self, kernel: Kernel, m: int) -> dict[str, Any]:
         """Checks and times a kernel with M tokens; a row of the record."""
         row: dict[str, Any] = {"K": self.k, "N": self.n, "M": m, "kernel": kernel.name}
         row["config"] = kernel.config(m, self.n, self.k)
         row["operand_bytes"] = floor.operand_bytes(m, self.n, self.k, kernel.weight_bytes, kernel.input_bytes)
         try:
-            return row | self.check_and_time(kernel, m, compile())
+            return row | self.check_and_time(kernel, m, kernel.function(m, self.n, self.k))
         except Exception as e:
             # Whatever ails one kernel, at one point, is a result of the benchmark and not its end.
             return row | {"failed": f"{type(e).__name__}: {' '.join(str(e).split())}"[:400]}
@@ -138,6 +131,10 @@ class Shape:
         """Raises:
         W4A8Error: the result is wrong.
         """
+        with timing.exclusive():
+            return self._check_and_time(kernel, m, function)
+
+    def _check_and_time(self, kernel: Kernel, m: int, function: Callable[[Any, Any], Any]) -> dict[str, Any]:
         inputs, prepared = kernel.inputs(self.tokens(m)), self.prepared(kernel)
 
         def launch(i: int) -> Any:
@@ -186,9 +183,11 @@ class Shape:
         if self._tokens is None or self._tokens.m != m:
             self._tokens = None  # before the next are made: there may not be room for both
             self._expected.clear()
-            sets = min(timing.rotations(self.n * self.k / 2), timing.rotations(m * self.k))
-            self._tokens = Tokens(m, self.k, sets)
+            self._tokens = Tokens(self._activations, m, self._sets(m))
         return self._tokens
+
+    def _sets(self, m: int) -> int:
+        return min(timing.rotations(self.n * self.k / 2), timing.rotations(m * self.k))
 
 
 def line(row: dict[str, Any]) -> str:

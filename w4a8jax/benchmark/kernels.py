@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,6 +16,7 @@ from pallas_kernels.dense_gemm import TuningConfig, dense_gemm
 from pallas_kernels.errors import W4A8Error
 from pallas_kernels.fragments import FragmentWeight
 
+from . import timing
 from .operands import Reference, Tokens, Weights
 
 # Relative errors above this are failures. The rounding of the result to bf16 alone is 1.7e-3.
@@ -60,10 +59,6 @@ class Kernel:
         """
         raise NotImplementedError
 
-    def ahead(self, m: int, n: int, k: int) -> Callable[[], Callable[[Any, Any], Any]] | None:
-        """What makes `function` in another thread; None if making it measures on the device, or takes no time."""
-        return None
-
     def inputs(self, tokens: Tokens) -> list[Any]:
         """What the function takes of each set of tokens."""
         return tokens.bf16 if self.input_bytes == 2 else tokens.fp8  # type: ignore[return-value]
@@ -97,10 +92,6 @@ class OurKernel(Kernel):
     def function(self, m: int, n: int, k: int) -> Callable[[Any, Any], Any]:
         return self.compiled(m, n, k, tuning.choose(m, n, k, self.form(n, k)))
 
-    def ahead(self, m: int, n: int, k: int) -> Callable[[], Callable[[Any, Any], Any]] | None:
-        # Chosen here, since `force_config` holds for its own thread.
-        return functools.partial(self.compiled, m, n, k, tuning.choose(m, n, k, self.form(n, k)))
-
     def compiled(self, m: int, n: int, k: int, config: TuningConfig) -> Callable[[Any, Any], Any]:
         """The product in a configuration."""
 
@@ -128,7 +119,8 @@ class JaxDot(Kernel):
         dtype = jnp.bfloat16 if self.input_bytes == 2 else jnp.float8_e4m3fn
         a, b = jax.ShapeDtypeStruct((m, k), dtype), jax.ShapeDtypeStruct((n, k), dtype)
         # Among cuBLAS's algorithms XLA takes the one that it measures to be best; its own kernels are left out.
-        return jax.jit(_dot).lower(a, b).compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
+        with timing.exclusive():
+            return jax.jit(_dot).lower(a, b).compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
 def our_kernels() -> list[Kernel]:
@@ -141,34 +133,6 @@ def our_kernels() -> list[Kernel]:
 def jax_kernels() -> list[Kernel]:
     """cuBLAS, as JAX calls it."""
     return [JaxDot("jax bf16", "bf16", 2, 2), JaxDot("jax fp8", "fp8", 1, 1)]
-
-
-class Compilations:
-    """Compiles in threads, while what is compiled already is timed; the first asked for are the first compiled."""
-
-    def __init__(self, jobs: int | None = None) -> None:
-        """jobs: threads; default: as many as there are cores, 16 at most."""
-        self._pool = ThreadPoolExecutor(jobs or min(16, os.cpu_count() or 1))
-        self._futures: dict[Any, Future[Any]] = {}
-
-    def start(self, key: Any, compile: Callable[[], Any]) -> None:
-        """Compiles in some thread, later."""
-        self._futures[key] = self._pool.submit(compile)
-
-    def get(self, key: Any, compile: Callable[[], Any]) -> Any:
-        """What was compiled, waiting for it if need be; compiled here if it was never started.
-
-        Raises:
-            Exception: what compiling it raised.
-        """
-        future = self._futures.pop(key, None)
-        return compile() if future is None else future.result()
-
-    def __enter__(self) -> Compilations:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(wait=not any(error), cancel_futures=True)
 
 
 def selected(kernels: Iterable[Kernel], names: Iterable[str]) -> list[Kernel]:

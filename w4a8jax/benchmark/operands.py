@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels import GROUP_SIZE, W4Weight, quantize_activations
+from pallas_kernels import GROUP_SIZE, W4A8Error, W4Weight, quantize_activations
 from pallas_kernels.weight_format import CODES_PER_WORD
 
 # What a kernel multiplies: w4a8, FP8 activations and e4m3(code * group scale), with token and channel scales;
 # fp8, the same without these scales; bf16, bf16 activations and the dequantized weight rounded to bf16; w4a16, bf16
 # activations and code * scale.
 Reference = Literal["w4a8", "fp8", "bf16", "w4a16"]
+
+_COMPARED_TOKENS = 256
 
 
 class Weights:
@@ -52,18 +54,39 @@ class Weights:
         return _float64(part.operand()), _float64(part.channel_scale), plain
 
 
+class Activations:
+    """Random activations, bf16 [rows, K], and quantized to FP8 with a scale for each row; `Tokens` takes parts.
+
+    They are made once for all M: a program for each M would take longer to compile than a kernel takes to measure.
+    """
+
+    def __init__(self, k: int, rows: int, seed: int = 1) -> None:
+        self.k = k
+        self.bf16 = _random_tokens(jax.random.key(seed), rows, k)
+        self.fp8, self.scale = _quantize(self.bf16)
+
+
 class Tokens:
     """Sets of random activations [M, K]: bf16, and quantized to FP8 with a scale for each token."""
 
-    def __init__(self, m: int, k: int, sets: int, seed: int = 1) -> None:
-        self.m, self.k = m, k
-        self.bf16 = [_random_tokens(jax.random.fold_in(jax.random.key(seed), i), m, k) for i in range(sets)]
-        self.fp8 = [_quantize(x) for x in self.bf16]
+    def __init__(self, source: Activations, m: int, sets: int) -> None:
+        """Raises:
+        W4A8Error: the source has fewer than M * sets rows.
+        """
+        if m * sets > source.bf16.shape[0]:
+            raise W4A8Error(f"benchmark: {sets} sets of {m} tokens are more than {source.bf16.shape[0]}")
+        self.m, self._source = m, source
+        parts = [_part(source.bf16, source.fp8, source.scale, i * m, m) for i in range(sets)]
+        self.bf16 = [x for x, _, _ in parts]
+        self.fp8 = [(x8, scale) for _, x8, scale in parts]
 
     def sample(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows of set 0, float64: [R, K] bf16, [R, K] FP8, [R, 1] token scale."""
-        x, x8, token_scale = _rows(self.bf16[0], *self.fp8[0], rows)
-        return np.asarray(x, np.float64), np.asarray(x8, np.float64), np.asarray(token_scale, np.float64)
+        # Always as many, so that one program serves all M.
+        padded = np.resize(rows, _COMPARED_TOKENS)
+        found = _rows(self._source.bf16, self._source.fp8, self._source.scale, padded)
+        x, x8, token_scale = (np.asarray(v, np.float64)[: len(rows)] for v in found)
+        return x, x8, token_scale
 
 
 def expected(kind: Reference, weights: Weights, tokens: Tokens, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -92,7 +115,7 @@ def sample_indices(m: int, n: int) -> tuple[np.ndarray, np.ndarray]:
             return np.arange(size)
         return np.unique([0, size - 1, *np.random.default_rng(size).choice(size, most - 2, replace=False)])
 
-    return some(m, 256), some(n, 64)
+    return some(m, _COMPARED_TOKENS), some(n, 64)
 
 
 def _float64(x: Any) -> np.ndarray:
@@ -116,6 +139,11 @@ def _random_weight(key: Array, n: int, k: int, code_min: int) -> tuple[W4Weight,
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _random_tokens(key: Array, m: int, k: int) -> Array:
     return jax.random.normal(key, (m, k), jnp.bfloat16)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _part(x: Array, x8: Array, token_scale: Array, start: Any, m: int) -> list[Array]:
+    return [jax.lax.dynamic_slice_in_dim(v, start, m) for v in (x, x8, token_scale)]
 
 
 @jax.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,6 +82,19 @@ class Record:
     def add(self, row: dict[str, Any]) -> None:
         """Adds a row, in place of one of the same kernel and point."""
         self.rows = [r for r in self.rows if key_of(r) != key_of(row)] + [row]
+
+    def part(self, k: int, n: int, tokens: Collection[int]) -> Self:
+        """A record of the rows of a shape with some of the values of M."""
+        return type(self)(dict(self.about), [r for r in self.rows if (r["K"], r["N"]) == (k, n) and r["M"] in tokens])
+
+    def update(self, path: str | Path) -> None:
+        """Adds the rows of a file that `write` wrote.
+
+        Raises:
+            W4A8Error: see `read`.
+        """
+        for row in self.read(path).rows:
+            self.add(row)
 
     @property
     def device(self) -> floor.Device:

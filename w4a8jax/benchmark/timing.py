@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import getpass
 import statistics
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pallas_kernels.errors import W4A8Error
@@ -31,6 +36,14 @@ class Timing:
     us_quartiles: tuple[float, float]
     launches: int
     kernels: tuple[str, ...]
+
+
+@contextmanager
+def exclusive() -> Iterator[None]:
+    """Within it, no other process of this user on this machine is within it: measurements do not disturb each other."""
+    with (Path(tempfile.gettempdir()) / f"w4a8jax-device-{getpass.getuser()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def rotations(nbytes: float) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from pallas_kernels.tuning_tables import Entry, Table
 
 from . import timing
 from .gemm import Shape
-from .kernels import Compilations, OurKernel
+from .kernels import OurKernel
 
 
 def run(
@@ -27,7 +26,6 @@ def run(
     save: Callable[[Table], None] | None = None,
     progress: Callable[[str], None] | None = None,
     measure: Callable[..., timing.Timing] = timing.measure,
-    jobs: int | None = None,
 ) -> Table:
     """Measures `tuning.candidates`, and what is chosen now, at each point; the fastest right one enters the table.
 
@@ -40,7 +38,6 @@ def run(
         save: called after each point with the table.
         progress: called with a line of text for each point, and for each candidate that failed.
         measure: `timing.measure`, or what stands for it.
-        jobs: threads that compile.
 
     Returns:
         The table with the entries that were found.
@@ -53,37 +50,30 @@ def run(
         for kernel in kernels
         if not (resume and (kernel.form(n, k), n, k, m) in table.entries)
     ]
-    with Compilations(jobs) as compilations:
-        for k, n, m, kernel, configs in plan:
-            for config in configs:
-                make = functools.partial(kernel.compiled, m, n, k, config)
-                compilations.start((kernel.name, m, n, k, config), make)
-        bench: Shape | None = None
-        for k, n, m, kernel, configs in plan:
-            if bench is None or (bench.k, bench.n) != (k, n):
-                bench = None
-                gc.collect()
-                bench = Shape(k, n, measure)
-            where = f"K {k:6} N {n:6} M {m:6} {kernel.name}"
-            found: list[tuple[float, TuningConfig, dict[str, Any]]] = []
-            for config in configs:
-                try:
-                    make = functools.partial(kernel.compiled, m, n, k, config)
-                    function = compilations.get((kernel.name, m, n, k, config), make)
-                    result = bench.check_and_time(kernel, m, function)
-                except Exception as e:
-                    # A candidate that cannot be compiled, or is wrong, is not chosen; others may still be.
-                    tell(f"{where}: {_short(config)} failed: {' '.join(str(e).split())[:160]}")
-                    continue
-                found.append((result["us"], config, result))
-            if not found:
+    bench: Shape | None = None
+    for k, n, m, kernel, configs in plan:
+        if bench is None or (bench.k, bench.n) != (k, n):
+            bench = None
+            gc.collect()
+            bench = Shape(k, n, tokens, measure)
+        where = f"K {k:6} N {n:6} M {m:6} {kernel.name}"
+        found: list[tuple[float, TuningConfig, dict[str, Any]]] = []
+        for config in configs:
+            try:
+                result = bench.check_and_time(kernel, m, kernel.compiled(m, n, k, config))
+            except Exception as e:
+                # A candidate that cannot be compiled, or is wrong, is not chosen; others may still be.
+                tell(f"{where}: {_short(config)} failed: {' '.join(str(e).split())[:160]}")
                 continue
-            us, best, result = min(found, key=lambda item: item[0])
-            tell(f"{where}: {us:9.2f} us of {len(found)}, was {_before(found, configs[0])}  {_short(best)}")
-            more = {"us": round(us, 3), "error": float(f"{result['error']:.3g}")}
-            table = table.merged([Entry(kernel.form(n, k), n, k, m, best, more)])
-            if save:
-                save(table)
+            found.append((result["us"], config, result))
+        if not found:
+            continue
+        us, best, result = min(found, key=lambda item: item[0])
+        tell(f"{where}: {us:9.2f} us of {len(found)}, was {_before(found, configs[0])}  {_short(best)}")
+        more = {"us": round(us, 3), "error": float(f"{result['error']:.3g}")}
+        table = table.merged([Entry(kernel.form(n, k), n, k, m, best, more)])
+        if save:
+            save(table)
     return table
 
 

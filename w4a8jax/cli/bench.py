@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,8 +22,13 @@ Kernels = Annotated[
     list[str] | None,
     typer.Option("--kernel", metavar="WORD", help="Only kernels with WORD in their names; repeat it."),
 ]
-Jobs = Annotated[
-    int | None, typer.Option("--jobs", min=1, help="Threads that compile; default: one for each core, at most 16.")
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        min=1,
+        help="Processes that compile; they measure one at a time. Default: two for each shape, at most one a core.",
+    ),
 ]
 
 
@@ -48,7 +52,7 @@ def gemm(
         str | None,
         typer.Option("--summarize", metavar="FILE.json", help="Measure nothing: print, and draw, this record."),
     ] = None,
-    jobs: Jobs = None,
+    processes: Processes = None,
 ) -> None:
     """Measure dense products over shapes and numbers of tokens, beside cuBLAS, torch and vLLM.
 
@@ -74,11 +78,10 @@ def gemm(
     if out is not None:
         _check_folder("--out", out)
     points = parse_shapes(shape), parse_tokens(tokens)
-    if vllm is not None or find_spec("torch") is not None:
-        # torch allocates on the same device. This is read when JAX first touches it.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # Other processes, and torch, allocate on the same device. This is read when JAX first touches it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from ..benchmark import gemm as benchmark
-    from ..benchmark import kernels, peers
+    from ..benchmark import kernels, parts, peers
 
     benchmark.require_hopper("bench gemm")
     chosen = kernels.selected(benchmark.kernels_for(vllm), kernel or [])
@@ -86,15 +89,18 @@ def gemm(
     if vllm is not None:
         record.about["vllm"] = peers.VLLM
     typer.echo(f"{record.about['device']}: copy {record.about['copy_TB_s']:.2f} TB/s")
-    benchmark.run(
-        record,
-        chosen,
-        points[0] or benchmark.SHAPES,
-        points[1] or benchmark.TOKENS,
-        save=None if out is None else lambda r: r.write(out),
-        progress=_line,
-        jobs=jobs,
-    )
+    work = points[0] or benchmark.SHAPES, points[1] or benchmark.TOKENS
+
+    def save(record: Any) -> None:
+        if out is not None:
+            record.write(out)
+
+    if (count := processes or parts.default(work[0])) > 1:
+        words = ["bench", "gemm", "--resume", *([] if vllm is None else ["--vllm", vllm])]
+        words += [word for name in kernel or [] for word in ("--kernel", name)]
+        parts.run(record, words, *work, count, save=save, progress=_line)
+    else:
+        benchmark.run(record, chosen, *work, save=save, progress=_line)
     _show(record, plot)
     if out is not None:
         record.write(out)
@@ -110,7 +116,7 @@ def tune(
         typer.Option("--out", metavar="FILE.json", help="The table; default: <device>.json in this folder."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out points that the table has.")] = False,
-    jobs: Jobs = None,
+    processes: Processes = None,
 ) -> None:
     """Find the fastest configuration of our kernels for shapes and numbers of tokens, on this GPU.
 
@@ -122,11 +128,12 @@ def tune(
     points = parse_shapes(shape), parse_tokens(tokens)
     if out is not None:
         _check_folder("--out", out)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from pallas_kernels import tuning_tables
     from pallas_kernels.errors import W4A8Error
 
     from ..benchmark import gemm as benchmark
-    from ..benchmark import kernels
+    from ..benchmark import kernels, parts
     from ..benchmark import tune as tuner
 
     benchmark.require_hopper("tune")
@@ -135,16 +142,14 @@ def tune(
     table = tuning_tables.read(path) if path.exists() else tuning_tables.Table(device)
     if table.device != device:
         raise W4A8Error(f"{path}: is of {table.device or 'no device'}, this is {device}; give another --out")
-    tuner.run(
-        table,
-        [k for k in kernels.selected(kernels.our_kernels(), kernel or []) if isinstance(k, kernels.OurKernel)],
-        points[0] or benchmark.SHAPES,
-        points[1] or benchmark.TOKENS,
-        resume=resume,
-        save=lambda t: t.write(path),
-        progress=_line,
-        jobs=jobs,
-    )
+    chosen = [k for k in kernels.selected(kernels.our_kernels(), kernel or []) if isinstance(k, kernels.OurKernel)]
+    work = points[0] or benchmark.SHAPES, points[1] or benchmark.TOKENS
+    if (count := processes or parts.default(work[0])) > 1:
+        words = ["tune", *(["--resume"] if resume else [])]
+        words += [word for name in kernel or [] for word in ("--kernel", name)]
+        parts.run(table, words, *work, count, save=lambda t: t.write(path), progress=_line)
+    else:
+        tuner.run(table, chosen, *work, resume=resume, save=lambda t: t.write(path), progress=_line)
     typer.echo(f"wrote {path}")
 
 

@@ -1,0 +1,100 @@
+"""Measures in several processes: a process compiles its kernels one after another, and that takes longer than they run.
+
+Threads would not do, since Mosaic GPU holds a lock while it compiles, for which launches wait too. What is timed does
+not overlap: see `timing.exclusive`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Protocol
+
+from pallas_kernels.errors import W4A8Error
+
+
+class Results(Protocol):
+    """A `Record` or a `Table`."""
+
+    def part(self, k: int, n: int, tokens: Collection[int]) -> Results: ...
+    def write(self, path: str | Path) -> None: ...
+    def update(self, path: str | Path) -> None: ...
+
+
+def run[R: Results](
+    results: R,
+    command: Sequence[str],
+    shapes: Iterable[tuple[int, int]],
+    tokens: Sequence[int],
+    processes: int,
+    *,
+    save: Callable[[R], None],
+    progress: Callable[[str], None],
+) -> None:
+    """Runs a command of `w4a8jax` for parts of the work, so many at a time, and adds up what they found.
+
+    Args:
+        results: what is known; each process goes on from it. Is added to.
+        command: words of the command; --shape, --tokens, --processes and --out are added.
+        shapes: (K, N).
+        tokens: values of M.
+        processes: at most so many run at a time.
+        save: called with the results after each process.
+        progress: called with each line that is printed for a result.
+
+    Raises:
+        W4A8Error: processes failed; names the first, with its last line. What the others found is saved.
+    """
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
+        jobs = {}
+        for i, ((k, n), some) in enumerate(split(list(shapes), tokens, processes)):
+            path = Path(folder) / f"{i}.json"
+            results.part(k, n, some).write(path)
+            words = [
+                "--shape",
+                f"{k},{n}",
+                "--tokens",
+                ",".join(map(str, some)),
+                "--processes",
+                "1",
+                "--out",
+                str(path),
+            ]
+            jobs[pool.submit(_run, [*command, *words], progress)] = path
+        failures = []
+        for job in as_completed(jobs):
+            failures += job.result()
+            results.update(jobs[job])
+            save(results)
+    if failures:
+        raise W4A8Error(f"{len(failures)} of {len(jobs)} processes failed; {failures[0]}")
+
+
+def split(
+    shapes: Sequence[tuple[int, int]], tokens: Sequence[int], processes: int
+) -> list[tuple[tuple[int, int], list[int]]]:
+    """Parts of the work, a shape with some of the values of M each: as many as processes, or one for each shape."""
+    each = min(len(tokens), max(1, processes // len(shapes)))
+    return [(shape, list(tokens[i::each])) for i in range(each) for shape in shapes]
+
+
+def default(shapes: Sequence[tuple[int, int]]) -> int:
+    """Processes: two for each shape, or as many as there are cores."""
+    return max(1, min(2 * len(shapes), os.cpu_count() or 1))
+
+
+def _run(words: Sequence[str], progress: Callable[[str], None]) -> list[str]:
+    """What went wrong, if anything."""
+    last = ""
+    command = [sys.executable, "-m", "w4a8jax", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout or ():
+            last = line.strip() or last
+            if line.startswith("K "):
+                progress(line.rstrip())
+    return [f"{' '.join(words)}: {last}"] if process.returncode else []

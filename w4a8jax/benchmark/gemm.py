@@ -1,4 +1,4 @@
-"""Measures dense products over shapes and numbers of tokens: ours, cuBLAS, torch's and vLLM's."""
+"""Measures dense products over shapes and numbers of tokens: ours, cuBLAS, torch's, plain Triton's and vLLM's."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def describe_run(command: str) -> dict[str, Any]:
         "device": device.device_kind,
         "driver": _driver(),
         "platform": " ".join(device.client.platform_version.split()),
-        **{name: _version(name) for name in ("jax", "jaxlib", "torch")},
+        **{name: _version(name) for name in ("jax", "jaxlib", "torch", "triton", "jax-triton")},
         "command": command,
     }
 
@@ -217,16 +217,17 @@ def start(command: str, previous: str | Path | None = None) -> Record:
 
 
 def kernels_for(vllm: str | Path | None) -> list[Kernel]:
-    """All kernels: ours, JAX's, torch's if it is there, vLLM's if a folder with its libraries is given.
+    """All kernels: ours, JAX's, torch's and Triton's if they are there, vLLM's if a folder with its libraries is given.
 
     Raises:
         W4A8Error: vLLM's cannot be loaded.
     """
-    from . import kernels, peers
+    from . import kernels, peers, triton_peer
 
     found = [*our_kernels(), *kernels.jax_kernels()]
     if peers.torch_available():
         found += peers.torch_kernels()
+    found += triton_peer.triton_kernels()
     if vllm is not None:
         found += peers.vllm_kernels(vllm)
     return found

@@ -1,4 +1,7 @@
-"""The kernels that a benchmark compares: ours, and cuBLAS as JAX calls it. `peers` has those of torch and vLLM."""
+"""The kernels that a benchmark compares: ours, and cuBLAS as JAX calls it.
+
+`peers` has those of torch and vLLM, `triton_peer` a plain Triton kernel.
+"""
 
 from __future__ import annotations
 
@@ -135,8 +138,13 @@ def jax_kernels() -> list[Kernel]:
     return [JaxDot("jax bf16", "bf16", 2, 2), JaxDot("jax fp8", "fp8", 1, 1)]
 
 
-def selected(kernels: Iterable[Kernel], names: Iterable[str]) -> list[Kernel]:
+def selected(kernels: Iterable[Kernel], names: Iterable[str], absent: Iterable[str] = ()) -> list[Kernel]:
     """Those whose names hold one of some words; all, if no words are given.
+
+    Args:
+        kernels: those that there are.
+        names: the words.
+        absent: why others are missing, for the message.
 
     Raises:
         W4A8Error: some word is in no name.
@@ -144,7 +152,8 @@ def selected(kernels: Iterable[Kernel], names: Iterable[str]) -> list[Kernel]:
     kernels, names = list(kernels), list(names)
     for name in names:
         if not any(name in kernel.name for kernel in kernels):
-            raise W4A8Error(f"kernel {name!r}: there is none; there are {', '.join(k.name for k in kernels)}")
+            there = "; ".join([", ".join(k.name for k in kernels), *absent])
+            raise W4A8Error(f"kernel {name!r}: there is none; there are {there}")
     return [kernel for kernel in kernels if not names or any(name in kernel.name for name in names)]
 
 

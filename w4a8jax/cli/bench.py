@@ -56,10 +56,11 @@ def gemm(
 ) -> None:
     """Measure dense products over shapes and numbers of tokens, beside cuBLAS, torch and vLLM.
 
-    Device time, by CUPTI, of our kernels, of cuBLAS through JAX, of torch if it
-    is installed, and of vLLM's kernels if --vllm gives them. Every result is
-    compared with float64 before it is timed. The record is written after each
-    point: a run that was stopped goes on with --resume.
+    Device time, by CUPTI, of our kernels, of cuBLAS through JAX, of torch and
+    of a plain Triton kernel if they are installed, and of vLLM's kernels if
+    --vllm gives them. Every result is compared with float64 before it is timed.
+    The record is written after each point: a run that was stopped goes on with
+    --resume.
     """
     from pallas_kernels.errors import W4A8Error
 
@@ -81,10 +82,11 @@ def gemm(
     # Other processes, and torch, allocate on the same device. This is read when JAX first touches it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from ..benchmark import gemm as benchmark
-    from ..benchmark import kernels, parts, peers
+    from ..benchmark import kernels, parts, peers, triton_peer
 
     benchmark.require_hopper("bench gemm")
-    chosen = kernels.selected(benchmark.kernels_for(vllm), kernel or [])
+    absent = triton_peer.unavailable()
+    chosen = kernels.selected(benchmark.kernels_for(vllm), kernel or [], [absent] if absent else [])
     record = benchmark.start(_command("gemm", shape, tokens, kernel, vllm), out if resume else None)
     if vllm is not None:
         record.about["vllm"] = peers.VLLM

@@ -26,10 +26,9 @@ def backend() -> Literal["hopper", "reference"]:
 def prepare_weight(w: W4Weight) -> W4Weight | FragmentWeight:
     """The weight in the layout that the default device's kernel takes; as it is where none takes it.
 
-    Converted are "lut" numerics in groups of 128, N and K multiples of 128; the kernel's "exact" numerics have not run
-    on a GPU yet. Worth doing once, when a model is loaded.
+    Converted are weights in groups of 128, N and K multiples of 128. Worth doing once, when a model is loaded.
     """
-    fits = w.numerics == "lut" and len(w.shape) == 2 and w.group_size == GROUP_SIZE and tuning.takes(*w.shape)
+    fits = len(w.shape) == 2 and w.group_size == GROUP_SIZE and tuning.takes(*w.shape)
     return _to_fragments(w) if fits and tuning.hopper() else w
 
 

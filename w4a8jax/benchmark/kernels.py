@@ -18,6 +18,7 @@ from pallas_kernels import tuning
 from pallas_kernels.dense_gemm import TuningConfig, dense_gemm
 from pallas_kernels.errors import W4A8Error
 from pallas_kernels.fragments import FragmentWeight
+from pallas_kernels.weight_format import Numerics
 
 from . import timing
 from .operands import Reference, Tokens, Weights
@@ -79,18 +80,24 @@ class Kernel:
         """Gives cached memory of the device back, so that other frameworks have it."""
 
 
+@dataclasses.dataclass(frozen=True)
 class OurKernel(Kernel):
     """`dense_gemm`, in the configuration that `tuning.choose` gives."""
+
+    numerics: Numerics = "lut"
 
     def config(self, m: int, n: int, k: int) -> dict[str, Any] | None:
         return dataclasses.asdict(tuning.choose(m, n, k, self.form(n, k)))
 
     def form(self, n: int, k: int) -> str:
         """How the kernel's weights hold codes."""
-        return _abstract_weight(n, k, self.code_min).form
+        return self._abstract_weight(n, k).form
 
     def weight(self, weights: Weights, i: int) -> Any:
-        return _to_fragments(weights.quantized(i)[0])
+        return _to_fragments(weights.quantized(i, self.numerics)[0])
+
+    def _abstract_weight(self, n: int, k: int) -> Any:
+        return _abstract_weight(n, k, self.code_min, self.numerics)
 
     def function(self, m: int, n: int, k: int) -> Callable[[Any, Any], Any]:
         return self.compiled(m, n, k, tuning.choose(m, n, k, self.form(n, k)))
@@ -106,7 +113,7 @@ class OurKernel(Kernel):
             return dense_gemm(x8, token_scale, w, config)[:m]
 
         inputs = jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((m, 1), jnp.float32)
-        return jax.jit(product).lower(inputs, _abstract_weight(n, k, self.code_min)).compile()
+        return jax.jit(product).lower(inputs, self._abstract_weight(n, k)).compile()
 
 
 class JaxDot(Kernel):
@@ -129,8 +136,10 @@ class JaxDot(Kernel):
 def our_kernels() -> list[Kernel]:
     """Ours, one for each form of the weights."""
     # The tensor core's FP8 sums grow less exact with K: at K = 36864 vLLM's kernel is at 4.9e-3.
-    lut = {"reference": "w4a8", "weight_bytes": 0.5 + 1 / 128, "input_bytes": 1, "tolerance": 5.5e-3}
-    return [OurKernel(f"w4a8 lut {code_min}..7", code_min=code_min, **lut) for code_min in (-7, -8)]  # type: ignore[arg-type]
+    lut = [OurKernel(f"w4a8 lut {c}..7", "w4a8", 0.5 + 1 / 128, 1, c, 5.5e-3) for c in (-7, -8)]
+    # Sums of "exact" numerics are of 128 products; the rest is in fp32.
+    exact = [OurKernel(f"w4a8 exact {c}..7", "exact", 0.5 + 4 / 128, 1, c, 2e-3, "exact") for c in (-7, -8)]
+    return [*lut, *exact]
 
 
 def jax_kernels() -> list[Kernel]:
@@ -168,8 +177,8 @@ def _dot(a: Any, b: Any) -> Any:
 
 
 @functools.cache
-def _abstract_weight(n: int, k: int, code_min: int) -> Any:
-    return jax.eval_shape(lambda: FragmentWeight.from_weight(Weights(n, k, code_min).quantized(0)[0]))
+def _abstract_weight(n: int, k: int, code_min: int, numerics: Numerics) -> Any:
+    return jax.eval_shape(lambda: FragmentWeight.from_weight(Weights(n, k, code_min).quantized(0, numerics)[0]))
 
 
 # Under jit, so that the codes are never unpacked in memory as a whole.

@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels import GROUP_SIZE, W4A8Error, W4Weight, quantize_activations
-from pallas_kernels.weight_format import CODES_PER_WORD
+from pallas_kernels.weight_format import CODES_PER_WORD, Numerics
 
-# What a kernel multiplies: w4a8, FP8 activations and e4m3(code * group scale), with token and channel scales;
-# fp8, the same without these scales; bf16, bf16 activations and the dequantized weight rounded to bf16; w4a16, bf16
-# activations and code * scale.
-Reference = Literal["w4a8", "fp8", "bf16", "w4a16"]
+# What a kernel multiplies: w4a8, FP8 activations and e4m3(code * group scale), with token and channel scales; exact,
+# the same with code * scale; fp8, w4a8 without token and channel scales; bf16, bf16 activations and the dequantized
+# weight rounded to bf16; w4a16, bf16 activations and code * scale.
+Reference = Literal["w4a8", "exact", "fp8", "bf16", "w4a16"]
 
 _COMPARED_TOKENS = 256
 
@@ -30,9 +30,9 @@ class Weights:
         self._bf16 = functools.cache(lambda i: _dequantize(self.quantized(i)[0]))
         self._sample = functools.cache(self._sample_of)
 
-    def quantized(self, i: int) -> tuple[W4Weight, Array]:
-        """Set i: the weight in "lut" numerics, and its scales as a checkpoint has them, bf16 [N, K/128]."""
-        return _random_weight(jax.random.fold_in(jax.random.key(self.seed), i), self.n, self.k, self.code_min)
+    def quantized(self, i: int, numerics: Numerics = "lut") -> tuple[W4Weight, Array]:
+        """Set i: the weight, and its scales as a checkpoint has them, bf16 [N, K/128]."""
+        return _random_weight(jax.random.fold_in(jax.random.key(self.seed), i), self.n, self.k, self.code_min, numerics)
 
     def fp8(self, i: int) -> Array:
         """Set i as the tensor cores take it, `float8_e4m3fn` [N, K], without the channel scale."""
@@ -96,6 +96,8 @@ def expected(kind: Reference, weights: Weights, tokens: Tokens, rows: np.ndarray
     if kind in ("w4a8", "fp8"):
         product = x8 @ w8.T
         return product if kind == "fp8" else token_scale * channel_scale * product
+    if kind == "exact":
+        return token_scale * (x8 @ plain.T)
     # The rounding of the weight to bf16 is the kernel's, or its operand's: 2 parts in 1000 at most.
     return x @ (plain if kind == "w4a16" else w8 * channel_scale[:, None]).T
 
@@ -122,8 +124,8 @@ def _float64(x: Any) -> np.ndarray:
     return np.asarray(jnp.asarray(x).astype(jnp.float32), np.float64)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _random_weight(key: Array, n: int, k: int, code_min: int) -> tuple[W4Weight, Array]:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _random_weight(key: Array, n: int, k: int, code_min: int, numerics: Numerics) -> tuple[W4Weight, Array]:
     code_key, scale_key = jax.random.split(key)
     words = jax.random.bits(code_key, (n, k // CODES_PER_WORD), jnp.uint32)
     if code_min == -7:
@@ -133,7 +135,7 @@ def _random_weight(key: Array, n: int, k: int, code_min: int) -> tuple[W4Weight,
     scale = 0.02 * jnp.exp2(jax.random.uniform(scale_key, (n, k // GROUP_SIZE), minval=-1.0, maxval=1.0))
     scale = scale.astype(jnp.bfloat16)
     packed = jax.lax.bitcast_convert_type(words, jnp.int32)
-    return W4Weight.from_checkpoint(packed, scale, code_min=code_min), scale
+    return W4Weight.from_checkpoint(packed, scale, numerics=numerics, code_min=code_min), scale
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def load_decoder(
             in part; a layer is quantized that cannot be.
     """
     decoder = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
-    reader = _Reader(source, dtype, numerics, prepare=kernels and scheme == "w4a8")
+    reader = _Reader(source, dtype, numerics, prepare_for=scheme if kernels and scheme != "bf16" else None)
     for path, _ in nnx.to_flat_state(nnx.state(decoder, nnx.Param)):
         *parents, attribute = path
         if parents and attribute == "bias":
@@ -119,9 +119,11 @@ def _fill_linear(
 class _Reader:
     """Reads tensors by name, checks their shapes and remembers which were used."""
 
-    def __init__(self, source: TensorSource, dtype: Any, numerics: Numerics, *, prepare: bool):
+    def __init__(
+        self, source: TensorSource, dtype: Any, numerics: Numerics, *, prepare_for: Literal["w4a8", "w4a16"] | None
+    ):
         self.source, self.tensors = source, source.tensors
-        self.dtype, self.numerics, self.prepare = dtype, numerics, prepare
+        self.dtype, self.numerics, self.prepare_for = dtype, numerics, prepare_for
         self.used: set[str] = set()
 
     def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -159,7 +161,7 @@ class _Reader:
             weight = W4Weight.from_checkpoint(words, scale, numerics=self.numerics, code_min=_code_min(words))
         except W4A8Error as error:
             raise W4A8Error(f"{modules[0]}: {error}") from None
-        return prepare_weight(weight) if self.prepare else weight
+        return prepare_weight(weight, self.prepare_for) if self.prepare_for else weight
 
     def check_all_used(self, *, tied: bool) -> None:
         unknown = [name for name in self.tensors if name not in self.used and not IGNORED.search(name)]

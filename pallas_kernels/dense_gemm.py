@@ -1,4 +1,4 @@
-"""The dense W4A8 kernel for Hopper: INT4 weights, FP8 activations, FP8 tensor cores.
+"""The dense W4A8 and W4A16 kernel for Hopper: INT4 weights, FP8 or bf16 activations, tensor cores of the same type.
 
     out[m, n] = bf16(channel_scale[n] * (token_scale[m] * sum_k w8[n, k] * x8[m, k]))
 
@@ -14,6 +14,9 @@ operand, in shared memory. So a tile of the output is computed transposed, rows 
 
 One wgmma is always in flight while the next block is dequantized: each waits for all but itself (`wgmma_wait(1)`). The
 first step is peeled, so that the release in the loop needs no condition, which ptxas would serialize for.
+
+For W4A16 (form "bf16") it is the same without tables and token scales: weights are multiplied by their group's scale in
+registers, rounded to bf16.
 
 `schedule` says which tiles a block computes. Blocks that share a tile add up through global memory in a fixed order:
 each but the last stores its partial sums in fp32 and counts up, the last waits for the count and adds, lowest block
@@ -68,16 +71,16 @@ class TuningConfig:
         """Output channels of a tile."""
         return TILE_ROWS * self.row_blocks * self.warpgroups
 
-    @property
-    def shared_memory(self) -> int:
-        """Bytes, for the form of codes whose tables are larger."""
+    def shared_memory(self, form: str) -> int:
+        """Bytes; for W4A8, those of the form of codes whose tables are larger."""
         blocks = self.row_blocks * self.warpgroups
-        slot = blocks * TILE_ROWS * (TILE_COLUMNS // 2 + 16 + 1) + self.tile_tokens * TILE_COLUMNS
+        x_bytes, scale_bytes = (2, 2) if form == "bf16" else (1, 16 + 1)
+        slot = blocks * TILE_ROWS * (TILE_COLUMNS // 2 + scale_bytes) + self.tile_tokens * TILE_COLUMNS * x_bytes
         fixed = blocks * self.tile_tokens * TILE_ROWS * 2 + self.warpgroups * 1024
         return self.stages * slot + fixed + 1024
 
-    def check(self, n: int, k: int) -> None:
-        """Raises W4A8Error if the config cannot take a weight [N, K]."""
+    def check(self, n: int, k: int, form: str) -> None:
+        """Raises W4A8Error if the config cannot take a weight [N, K] in a form."""
         blocks = self.row_blocks * self.warpgroups
         if not (8 <= self.tile_tokens <= 256 and self.tile_tokens % 8 == 0):
             raise W4A8Error(f"kernel: tile_tokens must be a multiple of 8 up to 256, found {self}")
@@ -86,8 +89,8 @@ class TuningConfig:
             raise W4A8Error(f"kernel: row_blocks must be at least 2, and even for odd warpgroups, found {self}")
         if n % (self.tile_rows * self.cluster):
             raise W4A8Error(f"kernel: N {n} is no multiple of {self.tile_rows * self.cluster} rows, those of {self}")
-        if self.shared_memory > _SHARED_MEMORY:
-            raise W4A8Error(f"kernel: {self} needs {self.shared_memory} bytes of shared memory; {_SHARED_MEMORY} exist")
+        if (needed := self.shared_memory(form)) > _SHARED_MEMORY:
+            raise W4A8Error(f"kernel: {self} needs {needed} bytes of shared memory; {_SHARED_MEMORY} exist")
         if self.stages < 3 or self.warpgroups not in (1, 2, 3) or self.cluster not in (1, 2):
             raise W4A8Error(f"kernel: at least 3 stages, 1 to 3 warpgroups and clusters of 1 or 2, found {self}")
         if self.ctas * self.warpgroups > FLAGS:
@@ -95,23 +98,25 @@ class TuningConfig:
 
 
 def dense_gemm(
-    x8: Float[Array, "M K"], token_scale: Float[Array, "M 1"], w: FragmentWeight, config: TuningConfig
+    x: Float[Array, "M K"], token_scale: Float[Array, "M 1"] | None, w: FragmentWeight, config: TuningConfig
 ) -> BFloat16[Array, "M N"]:
     """The product on a Hopper GPU.
 
     Args:
-        x8: `float8_e4m3fn` [M, K]; M above 8 must be a multiple of 8.
-        token_scale: fp32 [M, 1].
+        x: `float8_e4m3fn` [M, K], bf16 for weights in form "bf16"; M above 8 must be a multiple of 8.
+        token_scale: fp32 [M, 1]; None for weights in form "bf16".
         w: [N, K]; N must be a multiple of the config's `tile_rows * cluster`.
         config: how to divide the work.
 
     Raises:
-        W4A8Error: shapes or the config do not fit.
+        W4A8Error: shapes, dtypes or the config do not fit.
     """
-    (m, k), (n, w_k) = x8.shape, w.shape
+    (m, k), (n, w_k) = x.shape, w.shape
     if k != w_k:
         raise W4A8Error(f"kernel: x [{m}, {k}] and w [{n}, {w_k}] do not fit")
-    config.check(n, k)
+    if x.dtype != (jnp.bfloat16 if w.form == "bf16" else F8) or (token_scale is None) != (w.form == "bf16"):
+        raise W4A8Error(f"kernel: x {x.dtype} and its scales do not fit weights in form {w.form}")
+    config.check(n, k, w.form)
     stages, blocks = config.stages, config.row_blocks * config.warpgroups
     # Steps between a copy and the use of its scales. With one more, what frees a slot would wait for that slot.
     lag = stages - 2
@@ -119,6 +124,8 @@ def dense_gemm(
     schedule = Schedule(n_tiles * m_tiles, k // TILE_COLUMNS, config.ctas // config.cluster, config.stream_k)
     part = next(p for p in (32, 24, 16, 8) if config.tile_tokens % p == 0)
     uses_tables = table_words(w.form) > 0
+    sums_by_group = w.form in ("subnormal", "subnormal_8")
+    x_bytes = x.dtype.itemsize
     accumulator_shapes = [plgpu.ACC((TILE_ROWS, config.tile_tokens))] * config.row_blocks
     # Partial sums of several blocks are loaded at a time, where registers allow.
     unroll = max(1, min(4, 64 // (config.tile_tokens * config.row_blocks // 2)))
@@ -140,11 +147,11 @@ def dense_gemm(
         words_smem: Any,
         scales_smem: Any,
         x_smem: Any,
-        token_scale_smem: Any,
         out_smem: Any,
         full: Any,
         consumed: Any,
-        token_scale_full: Any,
+        token_scale_smem: Any = None,
+        token_scale_full: Any = None,
         tables_smem: Any = None,
         scales_full: Any = None,
     ) -> None:
@@ -167,7 +174,7 @@ def dense_gemm(
                 plgpu.barrier_wait(full.at[slot])
                 for i, (block, accumulator) in enumerate(zip(my_blocks, accumulators, strict=True)):
                     words = plgpu.load(words_smem.at[slot, block], layout=WORDS)
-                    tables = load_tables(tables_smem.at[slot, block], w.form)
+                    tables = load_tables((tables_smem if uses_tables else scales_smem).at[slot, block], w.form)
                     plgpu.wgmma(accumulator, dequantize_tile(words, tables, w.form), x_smem.at[slot].T)
                     plgpu.wgmma_wait(1)
                     if i == 0 and before is not None:
@@ -202,13 +209,15 @@ def dense_gemm(
                 for block, scale_n, result in zip(my_blocks, scales, results, strict=True):
                     # In parts, so that few token scales are in registers at a time.
                     for start in range(0, config.tile_tokens, part):
-                        tokens = pl.ds(start, part)
-                        scale_m = plgpu.load(
-                            token_scale_smem.at[warpgroup, tokens], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
-                        )
-                        scaled = lax.broadcast_in_dim(scale_n, (TILE_ROWS, part), (0,)) * (
-                            lax.broadcast_in_dim(scale_m, (TILE_ROWS, part), (1,)) * result[:, start : start + part]
-                        )
+                        tokens, scaled = pl.ds(start, part), result[:, start : start + part]
+                        if token_scale is not None:
+                            scale_m = plgpu.load(
+                                token_scale_smem.at[warpgroup, tokens],
+                                layout=plgpu.Layout.WGMMA.reduce(0),
+                                optimized=False,
+                            )
+                            scaled = lax.broadcast_in_dim(scale_m, scaled.shape, (1,)) * scaled
+                        scaled = lax.broadcast_in_dim(scale_n, scaled.shape, (0,)) * scaled
                         out_smem.at[block, tokens].T[...] = plgpu.layout_cast(
                             scaled.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED
                         )
@@ -222,11 +231,12 @@ def dense_gemm(
             def segment(index: Any, done: Any) -> Any:
                 tile, low, high = schedule.segment(cta, index)
                 first_block, first_token = coordinates(tile)
-                plgpu.copy_gmem_to_smem(
-                    token_scale_gmem.at[pl.ds(first_token, config.tile_tokens)],
-                    token_scale_smem.at[warpgroup, pl.ds(0, config.tile_tokens)],
-                    token_scale_full.at[warpgroup],
-                )
+                if token_scale is not None:
+                    plgpu.copy_gmem_to_smem(
+                        token_scale_gmem.at[pl.ds(first_token, config.tile_tokens)],
+                        token_scale_smem.at[warpgroup, pl.ds(0, config.tile_tokens)],
+                        token_scale_full.at[warpgroup],
+                    )
 
                 scales = row_scales(first_block)
 
@@ -243,7 +253,7 @@ def dense_gemm(
                     plgpu.barrier_arrive(consumed.at[slot])
                     return [accumulator[...] for accumulator in accumulators]
 
-                if uses_tables:
+                if not sums_by_group:
                     results = pl.run_scoped(accumulate, *accumulator_shapes)
                 else:
                     zero = jnp.zeros((TILE_ROWS, config.tile_tokens), jnp.float32)
@@ -254,7 +264,8 @@ def dense_gemm(
                         lambda _, carry: (following(carry[0]), multiply_exactly(carry[1], carry[0])),
                         (lax.rem(done, stages), zeros),
                     )
-                plgpu.barrier_wait(token_scale_full.at[warpgroup])
+                if token_scale is not None:
+                    plgpu.barrier_wait(token_scale_full.at[warpgroup])
                 if not schedule.splits:
                     epilogue(first_block, first_token, scales, results)
                     return done + high - low
@@ -342,6 +353,10 @@ def dense_gemm(
         "tables_smem": plgpu.SMEM((stages, blocks, TILE_ROWS, table_words(w.form)), jnp.uint32),
         "scales_full": plgpu.Barrier(num_barriers=stages),
     }
+    token_scales: dict[str, Any] = {
+        "token_scale_smem": plgpu.SMEM((config.warpgroups, pl.cdiv(config.tile_tokens, 32) * 32), jnp.float32),
+        "token_scale_full": plgpu.Barrier(num_barriers=config.warpgroups),
+    }
     kernel = plgpu.kernel(
         body,
         out_type=(
@@ -358,17 +373,17 @@ def dense_gemm(
         scratch_types={
             "words_smem": plgpu.SMEM((stages, blocks, 4, 256), jnp.uint32),
             "scales_smem": plgpu.SMEM((stages, blocks, TILE_ROWS), w.scales.dtype),
-            "x_smem": plgpu.SMEM((stages, config.tile_tokens, TILE_COLUMNS), F8, transforms=tiled(128)),
-            "token_scale_smem": plgpu.SMEM((config.warpgroups, pl.cdiv(config.tile_tokens, 32) * 32), jnp.float32),
+            "x_smem": plgpu.SMEM((stages, config.tile_tokens, TILE_COLUMNS), x.dtype, transforms=tiled(128 // x_bytes)),
+            **(token_scales if token_scale is not None else {}),
             "out_smem": plgpu.SMEM((blocks, config.tile_tokens, TILE_ROWS), jnp.bfloat16, transforms=tiled(64)),
             "full": plgpu.Barrier(num_barriers=stages, num_arrivals=3),
             "consumed": plgpu.ClusterBarrier(collective_axes=("rank",), **arrivals)
             if config.cluster > 1
             else plgpu.Barrier(**arrivals),
-            "token_scale_full": plgpu.Barrier(num_barriers=config.warpgroups),
             **(tables if uses_tables else {}),
         },
         **cluster,
     )
-    out, _ = kernel(w.words, w.scales, x8, w.channel_scale, token_scale[:, 0], w.flags)
+    per_token = None if token_scale is None else token_scale[:, 0]
+    out, _ = kernel(w.words, w.scales, x, w.channel_scale, per_token, w.flags)
     return out

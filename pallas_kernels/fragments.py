@@ -16,6 +16,11 @@ Those are for "lut" numerics. For "exact", the byte `sign | i` is i * 2^-9 in e4
 - "subnormal", codes -7..7: codes 0..3 have |code| at bits 0, 8, 16 and 24 and their signs at bits 7, 15, 23 and 31;
   codes 4..7 the same after the word is rotated left by 4.
 - "subnormal_8", codes -8..7: the same, with |code| - 1 where the code is negative.
+
+For W4A16, weights become bf16, the A operand of `wgmma m64nNk16`: word c holds those of rows r = 16 w + l // 4 and
+r + 8, columns 16 c + 2 (l % 4) + 0..1 and these + 8. Of a pair, the first code is in the word's low half:
+
+- "bf16", codes -8..7: nibble 4 e + 2 p + h is code + 8 of row r + 8 h, column 16 c + 8 p + 2 (l % 4) + e.
 """
 
 import dataclasses
@@ -30,7 +35,8 @@ from .weight_format import W4Weight, unpack_codes
 
 TILE_ROWS, TILE_COLUMNS = 64, 128
 
-Form = Literal["sign_magnitude", "two_tables", "subnormal", "subnormal_8"]
+Scheme = Literal["w4a8", "w4a16"]
+Form = Literal["sign_magnitude", "two_tables", "subnormal", "subnormal_8", "bf16"]
 _FORMS: dict[tuple[str, int], Form] = {
     ("lut", -7): "sign_magnitude",
     ("lut", -8): "two_tables",
@@ -50,7 +56,8 @@ class FragmentWeight:
     Attributes:
         words: uint32 [N/64, K/128, 4, 256], codes in fragment order.
         scales: [N/64, K/128, 64]. For "lut" numerics uint8, the group scales' e4m3 bytes, not negative, row
-            16 w + 8 h + r of a tile (r in 0..7) at 16 w + 2 r + h; for "exact" fp32, scales times 2^9, row by row.
+            16 w + 8 h + r of a tile (r in 0..7) at 16 w + 2 r + h; for "exact" fp32, scales times 2^9, row by row;
+            for W4A16 bf16, in the order of "lut".
         channel_scale: fp32 [N].
         flags: int32 [FLAGS], zeros: where blocks of the kernel that share a tile signal each other. The kernel leaves
             zeros, so that it needs no clearing before each run.
@@ -64,19 +71,29 @@ class FragmentWeight:
     form: Form = dataclasses.field(default="sign_magnitude", metadata={"static": True})
 
     @classmethod
-    def from_weight(cls, w: W4Weight) -> Self:
+    def from_weight(cls, w: W4Weight, scheme: Scheme = "w4a8") -> Self:
         """Repacks a weight.
 
+        Args:
+            w: [N, K], in groups of 128; for "w4a16" in "exact" numerics, its scales bf16.
+            scheme: the product that it is for: FP8 activations ("w4a8") or bf16 ones ("w4a16").
+
         Raises:
-            W4A8Error: its group size or shape is not the kernel's.
+            W4A8Error: its group size, shape, numerics or scales are not the kernel's.
         """
         if len(w.shape) != 2 or w.group_size != TILE_COLUMNS:
             raise W4A8Error(f"kernel: expected [N, K], groups of 128; found {list(w.shape)}, groups of {w.group_size}")
         if w.shape[0] % TILE_ROWS or w.shape[1] % TILE_COLUMNS:
             raise W4A8Error(f"kernel: N must be a multiple of 64 and K of 128, found {list(w.shape)}")
-        form, flags = _FORMS[w.numerics, w.code_min], jnp.zeros(FLAGS, jnp.int32)
+        flags = jnp.zeros(FLAGS, jnp.int32)
+        if scheme == "w4a16":
+            if w.numerics != "exact" or w.group_scale.dtype != jnp.bfloat16:
+                found = f"{w.numerics} numerics, {w.group_scale.dtype} scales"
+                raise W4A8Error(f"kernel: w4a16 takes exact numerics with bf16 scales, found {found}")
+            return cls(_repack(w.packed, "bf16"), fragment_scales(w.group_scale), w.channel_scale, flags, "bf16")
+        form = _FORMS[w.numerics, w.code_min]
         if w.numerics == "lut":
-            scales = fragment_scales(w.group_scale)
+            scales = jax.lax.bitcast_convert_type(fragment_scales(w.group_scale), jnp.uint8)
         else:
             scales = 2.0**9 * w.group_scale.astype(jnp.float32)
             scales = scales.reshape(w.shape[0] // TILE_ROWS, TILE_ROWS, -1).transpose(0, 2, 1)
@@ -86,6 +103,11 @@ class FragmentWeight:
     def shape(self) -> tuple[int, int]:
         """[N, K]."""
         return self.words.shape[0] * TILE_ROWS, self.words.shape[1] * TILE_COLUMNS
+
+    @property
+    def scheme(self) -> Scheme:
+        """The product that it is for."""
+        return "w4a16" if self.form == "bf16" else "w4a8"
 
 
 def _repack(packed: Int[Array, "N K/8"], form: Form) -> UInt[Array, "N/64 K/128 4 256"]:
@@ -100,6 +122,8 @@ def _repack(packed: Int[Array, "N K/8"], form: Form) -> UInt[Array, "N/64 K/128 
 
 def fragment_words(codes: Int[Array, "N K"], form: Form) -> UInt[Array, "N/64 K/128 4 256"]:
     """Codes in fragment order, packed in `form`."""
+    if form == "bf16":
+        return _bf16_words(codes)
     n, k = codes.shape
     # row = 16 warp + 8 half + lane row; column = 128 group + 64 vector + 16 word + 4 lane column + code
     tiles = codes.astype(jnp.int32).reshape(n // 64, 4, 2, 8, k // 128, 2, 4, 4, 4)
@@ -119,9 +143,18 @@ def fragment_words(codes: Int[Array, "N K"], form: Form) -> UInt[Array, "N/64 K/
     return jnp.sum(bits, axis=-1, dtype=jnp.uint32)
 
 
-def fragment_scales(group_scale: Float[Array, "N G"]) -> UInt[Array, "N/64 G 64"]:
-    """The bytes of `float8_e4m3fn` group scales, in the order of `FragmentWeight.scales`."""
+def _bf16_words(codes: Int[Array, "N K"]) -> UInt[Array, "N/64 K/128 4 256"]:
+    n, k = codes.shape
+    # row = 16 warp + 8 half + lane row; column = 128 group + 64 vector + 16 word + 8 pair + 2 lane column + code
+    tiles = (codes.astype(jnp.int32) + 8).reshape(n // 64, 4, 2, 8, k // 128, 2, 4, 2, 4, 2)
+    # -> tile, group, vector, warp, lane row, lane column, word, (code, pair, half)
+    tiles = tiles.transpose(0, 4, 5, 1, 3, 8, 6, 9, 7, 2).reshape(n // 64, k // 128, 4, 256, 8)
+    return jnp.sum(tiles.astype(jnp.uint32) << 4 * jnp.arange(8, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+
+
+def fragment_scales(group_scale: Float[Array, "N G"]) -> Float[Array, "N/64 G 64"]:
+    """Group scales in the order of `FragmentWeight.scales` for "lut"."""
     n, groups = group_scale.shape
     # row = 64 tile + 16 warp + 8 half + r -> tile, group, (warp, r, half)
-    scale = jax.lax.bitcast_convert_type(group_scale, jnp.uint8).reshape(n // 64, 4, 2, 8, groups)
+    scale = group_scale.reshape(n // 64, 4, 2, 8, groups)
     return scale.transpose(0, 4, 1, 3, 2).reshape(n // 64, groups, 64)

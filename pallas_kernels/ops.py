@@ -13,7 +13,7 @@ from . import reference, tuning
 from .activations import quantize_activations
 from .dense_gemm import dense_gemm
 from .errors import W4A8Error
-from .fragments import FragmentWeight
+from .fragments import FragmentWeight, Scheme
 from .rounding import round_to
 from .weight_format import GROUP_SIZE, W4Weight
 
@@ -23,17 +23,20 @@ def backend() -> Literal["hopper", "reference"]:
     return "hopper" if tuning.hopper() else "reference"
 
 
-def prepare_weight(w: W4Weight) -> W4Weight | FragmentWeight:
+def prepare_weight(w: W4Weight, scheme: Scheme = "w4a8") -> W4Weight | FragmentWeight:
     """The weight in the layout that the default device's kernel takes; as it is where none takes it.
 
-    Converted are weights in groups of 128, N and K multiples of 128. Worth doing once, when a model is loaded.
+    Converted are weights in groups of 128, N and K multiples of 128; for `w4a16_matmul` ("w4a16") only those in "exact"
+    numerics with bf16 scales. Worth doing once, when a model is loaded.
     """
     fits = len(w.shape) == 2 and w.group_size == GROUP_SIZE and tuning.takes(*w.shape)
-    return _to_fragments(w) if fits and tuning.hopper() else w
+    if scheme == "w4a16":
+        fits = fits and w.numerics == "exact" and w.group_scale.dtype == jnp.bfloat16
+    return _to_fragments(w, scheme) if fits and tuning.hopper() else w
 
 
 # Under jit, so that the codes are never unpacked in memory as a whole.
-_to_fragments = jax.jit(FragmentWeight.from_weight)
+_to_fragments = jax.jit(FragmentWeight.from_weight, static_argnums=1)
 
 
 def w4a8_matmul(
@@ -55,18 +58,23 @@ def w4a8_matmul(
     The gradient is straight-through: x receives `g @ (w8 * channel_scale)` as if it had not been quantized, and
     channel_scale its true gradient; codes and group scales are constants. A `FragmentWeight` has no gradient.
     """
-    _check(x, w, 2)
+    _check(x, w, 2, "w4a8")
     if isinstance(w, FragmentWeight):
         return _kernel(x, w).astype(out_dtype)
     return round_to(_w4a8(x, w), out_dtype)
 
 
-def w4a16_matmul(x: Float[Array, "... K"], w: W4Weight, *, out_dtype: Any = jnp.bfloat16) -> Float[Array, "... N"]:
+def w4a16_matmul(
+    x: Float[Array, "... K"], w: W4Weight | FragmentWeight, *, out_dtype: Any = jnp.bfloat16
+) -> Float[Array, "... N"]:
     """`x @ w.T` with INT4 weights dequantized to bf16 and bf16 activations, accumulated in fp32.
 
-    Arguments, result and errors are those of `w4a8_matmul`; the gradient is that of the rounded operands.
+    Arguments, result and errors are those of `w4a8_matmul`; a `FragmentWeight` is from `prepare_weight(w, "w4a16")`.
+    The gradient is that of the rounded operands.
     """
-    _check(x, w, 2)
+    _check(x, w, 2, "w4a16")
+    if isinstance(w, FragmentWeight):
+        return _kernel(x, w).astype(out_dtype)
     return round_to(reference.matmul_w4a16(x, w), out_dtype)
 
 
@@ -84,7 +92,7 @@ def w4a8_ragged_matmul(
     Raises:
         W4A8Error: shapes or dtypes do not fit.
     """
-    _check(x, w, 3)
+    _check(x, w, 3, "w4a8")
     if x.ndim != 2:
         raise W4A8Error(f"x: expected [M, K], found {list(x.shape)}")
     if group_sizes.shape != w.shape[:1] or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
@@ -93,9 +101,11 @@ def w4a8_ragged_matmul(
     return round_to(reference.ragged_matmul(x, w, group_sizes), out_dtype)
 
 
-def _check(x: Array, w: W4Weight | FragmentWeight, rank: int) -> None:
+def _check(x: Array, w: W4Weight | FragmentWeight, rank: int, scheme: Scheme) -> None:
     if not (isinstance(w, W4Weight) or (rank == 2 and isinstance(w, FragmentWeight))):
         raise W4A8Error(f"w: expected a W4Weight, found {type(w).__name__}")
+    if isinstance(w, FragmentWeight) and w.scheme != scheme:
+        raise W4A8Error(f"w: expected a weight prepared for {scheme}, found one for {w.scheme}")
     if len(w.shape) != rank:
         raise W4A8Error(f"w: expected {['[N, K]', '[E, N, K]'][rank - 2]}, found {list(w.shape)}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -108,10 +118,11 @@ def _check(x: Array, w: W4Weight | FragmentWeight, rank: int) -> None:
 def _kernel(x: Array, w: FragmentWeight) -> Array:
     *lead, k = x.shape
     m = math.prod(lead)
-    x8, token_scale = quantize_activations(x.reshape(m, k))
+    x = x.reshape(m, k)
+    x, token_scale = quantize_activations(x) if w.scheme == "w4a8" else (round_to(x, jnp.bfloat16), None)
     if m > 8 and m % 8:
-        x8 = jnp.pad(x8, ((0, -m % 8), (0, 0)))  # the copy engine's tiles are of 8 tokens
-    out = dense_gemm(x8, token_scale, w, tuning.choose(m, *w.shape, w.form))
+        x = jnp.pad(x, ((0, -m % 8), (0, 0)))  # the copy engine's tiles are of 8 tokens
+    out = dense_gemm(x, token_scale, w, tuning.choose(m, *w.shape, w.form))
     return out[:m].reshape(*lead, w.shape[0])
 
 

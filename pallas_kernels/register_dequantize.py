@@ -1,7 +1,8 @@
-"""INT4 to e4m3 in the registers of a warpgroup, ready to be the A operand of wgmma.
+"""INT4 to e4m3 or bf16 in the registers of a warpgroup, ready to be the A operand of wgmma.
 
 Seven instructions turn a word of eight codes -7..7 into eight bytes, nine do it for codes -8..7; vLLM's kernel spends
 about twice that. The words are those of `fragments`; the tables, of 8 bytes a row and group, are made from its scales.
+To bf16, fifteen do it, which multiply by the scale itself.
 """
 
 from typing import Any
@@ -24,8 +25,13 @@ TABLES = plgpu.Layout.TILED(  # a thread's two rows' tables, in one 16-byte load
     plgpu.Tiling(((32, 4), (8, 4))), warp_dims=(-4,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1
 )
 
+ROW_SCALES = plgpu.Layout.TILED(  # a thread's two rows' bf16 scales, in one 4-byte load
+    plgpu.Tiling(((32, 2), (8, 2))), warp_dims=(-4,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1
+)
+
 # Operands: $0, $1 the bytes of codes 0..3 and 4..7; $2 the word; then row r's registers, then row r + 8's.
-# lop3's 0x78 is a ^ (b & c).
+# For "bf16", $0..$3 are pairs of values, of rows r and r + 8 in turn; $4 the word.
+# lop3's 0x78 is a ^ (b & c), its 0xea (a & b) | c.
 _WORD = {
     "sign_magnitude": """{ .reg .b32 index, index_high, a, b, signs;
         and.b32 index, $2, 0x77777777;
@@ -62,7 +68,30 @@ _WORD = {
         and.b32 byte, rotated, 0x87878787;
         shr.u32 sign, sign, 7;
         add.u32 $1, sign, byte; }""",
+    # As the low bits of bf16's 128, a nibble n makes 128 + n; less 136 it is the code, exactly. So the product is
+    # rounded once, and is right for every scale: nothing is subnormal before it.
+    "bf16": """{ .reg .b32 magic, offset, a, b, c, d;
+        mov.b32 magic, 0x43004300;
+        mov.b32 offset, 0xc308c308;
+        shr.u32 b, $4, 4;
+        shr.u32 c, $4, 8;
+        shr.u32 d, $4, 12;
+        lop3.b32 a, $4, 0x000f000f, magic, 0xea;
+        lop3.b32 b, b, 0x000f000f, magic, 0xea;
+        lop3.b32 c, c, 0x000f000f, magic, 0xea;
+        lop3.b32 d, d, 0x000f000f, magic, 0xea;
+        add.rn.bf16x2 a, a, offset;
+        add.rn.bf16x2 b, b, offset;
+        add.rn.bf16x2 c, c, offset;
+        add.rn.bf16x2 d, d, offset;
+        mul.rn.bf16x2 $0, a, $5;
+        mul.rn.bf16x2 $1, b, $6;
+        mul.rn.bf16x2 $2, c, $5;
+        mul.rn.bf16x2 $3, d, $6; }""",
 }
+# From the scales of rows r and r + 8 in one register, each twice.
+_SCALE_PAIRS = """{ prmt.b32 $0, $2, $2, 0x1010;
+        prmt.b32 $1, $2, $2, 0x3232; }"""
 # A row's products from its scale's e4m3 byte s ($2): in fp16, where they are exact, then rounded once to e4m3. The
 # constants are codes in fp16, two a register.
 _PRODUCTS = """{{ .reg .b32 s, a, b, c, d; .reg .b16 low, high, a8, b8, c8, d8;
@@ -134,7 +163,12 @@ def scale_layout(blocks: int) -> Any:
 
 
 def load_tables(tables: Any, form: Form) -> list[jax.Array]:
-    """Each thread's tables of rows r and r + 8 from shared memory uint32 [64, table_words(form)], in 16-byte loads."""
+    """Each thread's tables of rows r and r + 8 from shared memory uint32 [64, table_words(form)], in 16-byte loads.
+
+    For "bf16", their scales, from bf16 [64].
+    """
+    if form == "bf16":
+        return [plgpu.load(tables.reshape(32, 2), layout=ROW_SCALES, optimized=False)]
     four = tables.reshape(32, 2 * table_words(form))
     return [
         plgpu.load(four.at[:, pl.ds(4 * i, 4)], layout=TABLES, optimized=False) for i in range(table_words(form) // 2)
@@ -142,28 +176,38 @@ def load_tables(tables: Any, form: Form) -> list[jax.Array]:
 
 
 def dequantize_tile(words: jax.Array, tables: list[jax.Array], form: Form) -> jax.Array:
-    """uint32 [4, 256] in layout `WORDS` and what `load_tables` gave -> e4m3 [64, 128] in `FRAGMENT`."""
+    """uint32 [4, 256] in layout `WORDS` and what `load_tables` gave -> e4m3 [64, 128], bf16 for "bf16", for wgmma."""
+    bf16 = form == "bf16"
+    fragment, of_tables = (plgpu.Layout.WGMMA, ROW_SCALES) if bf16 else (FRAGMENT, TABLES)
 
     @plgpu.inline_mgpu(
-        arg_types=(WORDS, [TABLES] * len(tables)),
-        return_type=plgpu.ShapeDtypeStruct((64, 128), F8, layout=FRAGMENT),
+        arg_types=(WORDS, [of_tables] * len(tables)),
+        return_type=plgpu.ShapeDtypeStruct((64, 128), jnp.bfloat16 if bf16 else F8, layout=fragment),
     )
     def body(_: Any, words: Any, tables: Any) -> Any:
         i8, i32 = (ir.IntegerType.get_signless(bits) for bits in (8, 32))
-        table = [vector.extract(t.registers.flat[0], [], [i]) for t in tables for i in range(4)]
-        pairs = [
-            _asm([vector.extract(four, [], [i]), *table], 2, _WORD[form])
+        if bf16:
+            scales = mgpu.utils.bitcast(tables[0].registers.flat[0], ir.VectorType.get((1,), i32))
+            table = _asm([vector.extract(scales, [], [0])], 2, _SCALE_PAIRS)
+        else:
+            table = [vector.extract(t.registers.flat[0], [], [i]) for t in tables for i in range(4)]
+        results = [
+            value
             for four in words.registers.flat
             for i in range(4)
+            for value in _asm([vector.extract(four, [], [i]), *table], 4 if bf16 else 2, _WORD[form])
         ]
-        layout = FRAGMENT.to_mgpu()
+        layout = fragment.to_mgpu()
         shape = layout.registers_shape((64, 128))
         registers = np.empty(shape, dtype=object)
         for index in np.ndindex(shape):
             column_tile, half = (i for i, size in zip(index, shape, strict=True) if size > 1)
-            value = vector.broadcast(ir.VectorType.get((1,), i32), pairs[column_tile][half])
-            value = mgpu.utils.bitcast(value, ir.VectorType.get((4,), i8))
-            registers[index] = mgpu.utils.bitcast(value, ir.VectorType.get((4,), ir.Float8E4M3FNType.get()))
+            value = vector.broadcast(ir.VectorType.get((1,), i32), results[2 * column_tile + half])
+            if bf16:
+                registers[index] = mgpu.utils.bitcast(value, ir.VectorType.get((2,), ir.BF16Type.get()))
+            else:
+                value = mgpu.utils.bitcast(value, ir.VectorType.get((4,), i8))
+                registers[index] = mgpu.utils.bitcast(value, ir.VectorType.get((4,), ir.Float8E4M3FNType.get()))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return body(words, tables)

@@ -53,7 +53,7 @@ def choose(m: int, n: int, k: int, form: str) -> TuningConfig:
         W4A8Error: the forced configuration does not fit; a table cannot be read, or an entry of it is not right.
     """
     if (forced := _forced.value) is not None:
-        if problem := tuning_tables.misfit(forced, n, k):
+        if problem := tuning_tables.misfit(forced, n, k, form):
             raise W4A8Error(f"force_config: {problem}")
         return forced
     path = os.environ.get(ENVIRONMENT)
@@ -81,8 +81,10 @@ def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
 
     From measurements of "lut" numerics on one H200: with few tokens, small tiles in a deep pipeline, of 256 rows where
     N has enough of them; with many, the largest tiles. Blocks share tiles where the estimated gain exceeds the cost of
-    adding up. For "exact" numerics nothing was measured.
+    adding up. For "exact" numerics and W4A16 nothing was measured.
     """
+    if form == "bf16":
+        return _heuristic_bf16(m, n, k)
     wide = n % 256 == 0
     # "exact" numerics have two accumulators for each row block: larger tiles do not fit registers or the budget.
     most = {"subnormal": 64, "subnormal_8": 32}.get(form, 128)
@@ -100,12 +102,22 @@ def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
     return dataclasses.replace(config, stream_k=_sharing_pays(config, m, n, k))
 
 
-def _sharing_pays(config: TuningConfig, m: int, n: int, k: int) -> bool:
+def _heuristic_bf16(m: int, n: int, k: int) -> TuningConfig:
+    """For W4A16, whose tokens take twice the shared memory: the same tiles in shallower pipelines."""
+    tokens = next(t for t in (8, 16, 32, 64, 128) if m <= t or t == 128)
+    if n % 256 == 0 and (n >= (8192 if m <= 16 else 12288) or m > 128):
+        config = TuningConfig(tokens, 2, 2, {8: 8, 16: 8, 32: 8, 64: 4, 128: 3}[tokens])
+    else:
+        config = TuningConfig(tokens, 2, 1, {8: 16, 16: 16, 32: 8, 64: 8, 128: 4}[tokens])
+    return dataclasses.replace(config, stream_k=_sharing_pays(config, m, n, k, 0.7e9))
+
+
+def _sharing_pays(config: TuningConfig, m: int, n: int, k: int, products: float = 1.4e9) -> bool:
     """Whether dividing the last tiles gains more than it costs, by rough rates of an H200, in microseconds."""
     m_tiles = -(-m // config.tile_tokens)
     tiles = n // config.tile_rows * m_tiles
     filled = tiles / (-(-tiles // config.ctas) * config.ctas)
-    busy = max(n * k / 2 / 4e6, 2 * m_tiles * config.tile_tokens * n * k / 1.4e9)
+    busy = max(n * k / 2 / 4e6, 2 * m_tiles * config.tile_tokens * n * k / products)
     partials = 2 * 4 * min(config.ctas, tiles) * config.tile_rows * config.tile_tokens
     return busy / filled - busy > 2 + partials / 5e6
 
@@ -113,12 +125,13 @@ def _sharing_pays(config: TuningConfig, m: int, n: int, k: int) -> bool:
 # (row blocks, warpgroups) and tokens of the tiles worth trying; the largest were compiled without spills.
 _DECODE_TOKENS = (8, 16, 32, 64)
 _PREFILL_TILES = ((96, 2, 3), (128, 2, 1), (128, 2, 2), (160, 2, 2), (64, 2, 3), (64, 3, 2))
+_PREFILL_TILES_BF16 = ((96, 2, 2), (128, 2, 1), (128, 2, 2), (160, 2, 1), (64, 3, 2), (64, 4, 2))
 # Fields that a kernel may or may not have, with what to try of them.
 _VARIATIONS: dict[str, tuple[Any, ...]] = {"stream_k": (False, True), "cluster": (1, 2)}
 
 
-def candidates(m: int, n: int, k: int) -> list[TuningConfig]:
-    """Configurations worth measuring for M tokens and a weight [N, K]: all that fit, none twice.
+def candidates(m: int, n: int, k: int, form: str) -> list[TuningConfig]:
+    """Configurations worth measuring for M tokens and a weight [N, K] in a form: all that fit, none twice.
 
     With few tokens, tiles that hold them all or half of them, 1 or 2 compute warpgroups, and several depths of the
     pipeline; with many, the largest tiles. Each with and without the kernel's variations.
@@ -129,22 +142,22 @@ def candidates(m: int, n: int, k: int) -> list[TuningConfig]:
         tokens = {least, least // 2} if m > 16 else {least}
         tiles += [(t, 2, warpgroups) for t in sorted(tokens) for warpgroups in (1, 2)]
     if m > 64:
-        tiles += [t for t in _PREFILL_TILES if t[0] < 2 * m]
+        tiles += [t for t in (_PREFILL_TILES_BF16 if form == "bf16" else _PREFILL_TILES) if t[0] < 2 * m]
     found: dict[TuningConfig, None] = {}
     for tile_tokens, row_blocks, warpgroups in tiles:
         base = TuningConfig(tile_tokens=tile_tokens, row_blocks=row_blocks, warpgroups=warpgroups)
-        for stages in _stages(base, n, k):
+        for stages in _stages(base, n, k, form):
             for variation in _variations(m):
                 config = dataclasses.replace(base, stages=stages, **variation)
-                if not tuning_tables.misfit(config, n, k):
+                if not tuning_tables.misfit(config, n, k, form):
                     found[config] = None
     return list(found)
 
 
-def _stages(config: TuningConfig, n: int, k: int) -> list[int]:
+def _stages(config: TuningConfig, n: int, k: int, form: str) -> list[int]:
     """The deepest pipeline that fits, and the deepest power of two, which costs fewer instructions."""
     depths = range(3, max(3, min(16, k // 128)) + 1)
-    fitting = [s for s in depths if not tuning_tables.misfit(dataclasses.replace(config, stages=s), n, k)]
+    fitting = [s for s in depths if not tuning_tables.misfit(dataclasses.replace(config, stages=s), n, k, form)]
     if not fitting:
         return []
     deepest = fitting[-1]

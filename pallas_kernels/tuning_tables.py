@@ -127,10 +127,10 @@ def slug(device_kind: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_")
 
 
-def misfit(config: TuningConfig, n: int, k: int) -> str | None:
-    """Why a configuration cannot run on a weight [N, K]; None if it can."""
+def misfit(config: TuningConfig, n: int, k: int, form: str) -> str | None:
+    """Why a configuration cannot run on a weight [N, K] in a form; None if it can."""
     try:
-        config.check(n, k)
+        config.check(n, k, form)
     except W4A8Error as e:
         return str(e)
     return None
@@ -174,7 +174,7 @@ def _entry(item: Any) -> Entry:
         config = TuningConfig(**fields)
     except TypeError as e:
         raise W4A8Error(str(e)) from None
-    if problem := misfit(config, n, k):
+    if problem := misfit(config, n, k, form):
         raise W4A8Error(problem)
     more = {name: value for name, value in item.items() if name not in ("form", "N", "K", "M", "config")}
     return Entry(form, n, k, m, config, more)

@@ -10,29 +10,33 @@ import pytest
 
 import w4a8jax
 from pallas_kernels import FragmentWeight, W4Weight, backend, prepare_weight
+from pallas_kernels.fragments import Scheme
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(backend() != "hopper", reason="no Hopper GPU")]
 
 
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
 @pytest.mark.parametrize("m", [1, 9, 64, 65, 129, 1024])
 @pytest.mark.parametrize("shape", [(128, 128), (384, 640)])
-def test_op_for_any_number_of_tokens(m: int, shape: tuple[int, int]) -> None:
+def test_op_for_any_number_of_tokens(m: int, shape: tuple[int, int], scheme: Scheme) -> None:
     rng = np.random.default_rng(m)
     packed = jnp.asarray(rng.integers(-(2**31), 2**31, (shape[0], shape[1] // 8)), jnp.int32)
     scale = jnp.asarray(np.exp2(rng.uniform(-9, -5, (shape[0], shape[1] // 128))), jnp.bfloat16)
-    w = W4Weight.from_checkpoint(packed, scale)
-    kernel = prepare_weight(w)
+    w = W4Weight.from_checkpoint(packed, scale, numerics="lut" if scheme == "w4a8" else "exact")
+    kernel = prepare_weight(w, scheme)
+    matmul = {"w4a8": w4a8jax.w4a8_matmul, "w4a16": w4a8jax.w4a16_matmul}[scheme]
     assert isinstance(kernel, FragmentWeight)
     x = jnp.asarray(rng.standard_normal((m, shape[1])), jnp.bfloat16)
-    expected = jax.jit(partial(w4a8jax.w4a8_matmul, out_dtype=jnp.float32))(x, w)
-    found = jax.jit(w4a8jax.w4a8_matmul)(x, kernel).astype(jnp.float32)
+    expected = jax.jit(partial(matmul, out_dtype=jnp.float32))(x, w)
+    found = jax.jit(matmul)(x, kernel).astype(jnp.float32)
     assert found.shape == expected.shape
     assert jnp.linalg.norm(found - expected) < 2e-3 * jnp.linalg.norm(expected)
 
 
-def test_reference_model_generates_the_same(tmp_path: Path) -> None:
-    path = tmp_path / "w4a8"
-    w4a8jax.quantize(w4a8jax.reference_model("dense"), path, search="none", progress=False)
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
+def test_reference_model_generates_the_same(tmp_path: Path, scheme: Scheme) -> None:
+    path = tmp_path / scheme
+    w4a8jax.quantize(w4a8jax.reference_model("dense"), path, scheme=scheme, search="none", progress=False)
     prompts = ["import os\nimport sys", "class Stack:\n    def __init__(self):\n        self.items = []", "def main("]
     greedy = w4a8jax.SamplingParams(temperature=0.0)
     runs = {}

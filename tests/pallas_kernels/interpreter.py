@@ -68,6 +68,8 @@ def _give_up() -> None:
 
 
 def dequantize_tile(words: jax.Array, tables: list[jax.Array], form: str) -> jax.Array:
+    if form == "bf16":
+        return dequantize_to_bf16(words, *tables)
     # vector, warp, lane row, lane column, word, half, code
     words = words.reshape(2, 4, 8, 4, 4, 1, 1)
     code, half = jnp.arange(4, dtype=jnp.uint32), jnp.arange(2, dtype=jnp.uint32)[:, None]
@@ -91,6 +93,17 @@ def dequantize_tile(words: jax.Array, tables: list[jax.Array], form: str) -> jax
     return jax.lax.bitcast_convert_type(values.astype(jnp.uint8), jnp.float8_e4m3fn)
 
 
+def dequantize_to_bf16(words: jax.Array, scales: jax.Array) -> jax.Array:
+    # vector, warp, lane row, lane column, word, half, pair, code
+    code, pair, half = jnp.ogrid[:2, :2, :2]
+    shift = (4 * (4 * code + 2 * pair + half)).astype(jnp.uint32).transpose(2, 1, 0)
+    codes = (words.reshape(2, 4, 8, 4, 4, 1, 1, 1) >> shift & 15).astype(jnp.float32) - 8
+    # warp, half, lane row, vector, word, pair, lane column, code
+    codes = codes.transpose(1, 5, 2, 0, 4, 6, 3, 7).reshape(64, 128)
+    scales = scales.reshape(4, 8, 2).transpose(0, 2, 1).reshape(64, 1).astype(jnp.float32)
+    return (codes * scales).astype(jnp.bfloat16)
+
+
 def build_tables(scales: jax.Array, form: str) -> jax.Array:
     codes = jnp.arange(8, dtype=jnp.float32)
     if form == "two_tables":
@@ -104,7 +117,7 @@ def build_tables(scales: jax.Array, form: str) -> jax.Array:
 
 
 def load_tables(tables: Any, form: str) -> list[jax.Array]:
-    return [tables[...]] if table_words(form) else []
+    return [tables[...]] if table_words(form) or form == "bf16" else []
 
 
 def store_partial(accumulator: jax.Array, ref: Any) -> None:
@@ -168,7 +181,7 @@ class _Wgmmas:
             gpu_callbacks.get_races().check_read(thread, clock, *b_read, source_info=source_info)
             # A write may come between, and be before the last read all the same.
             now, _, _ = shared.get_buffer_content(*b_read, thread, logging_info=logging)
-            if not np.array_equal(np.asarray(now).view(np.uint8), b.view(np.uint8)):
+            if np.asarray(now).tobytes() != b.tobytes():
                 raise AssertionError("an operand of wgmma has changed before the wgmma was waited for")
 
         read()

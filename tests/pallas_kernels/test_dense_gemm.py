@@ -12,6 +12,7 @@ from random_weights import extreme_checkpoint, random_checkpoint, weight_of
 from pallas_kernels import W4A8Error, W4Weight, quantize_activations, w4a8_matmul
 from pallas_kernels.dense_gemm import TuningConfig, dense_gemm
 from pallas_kernels.fragments import FragmentWeight
+from pallas_kernels.rounding import round_to
 
 
 def on_hopper() -> bool:
@@ -132,3 +133,58 @@ def test_exact_products_on_gpu(code_min: int, m: int, config: tuple[Any, ...]) -
     expected = np.asarray(token_scale, np.float64) * (a @ b.T)
     # The rounding to bf16 alone is 1.7e-3, and sums are of 128 products.
     assert np.linalg.norm(found - expected) < 1.8e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_hopper(), reason="no Hopper GPU")
+class TestW4A16OnGpu:
+    def test_operands_are_the_references_bits(self) -> None:
+        codes, scale = random_checkpoint(0, 768, 512)
+        scale[::7] *= scale.dtype.type(2.0**-100)
+        scale[1::7] *= scale.dtype.type(2.0**100)
+        w = weight_of(codes, scale, numerics="exact")
+        f = FragmentWeight.from_weight(w, "w4a16")
+        found = dense_gemm(jnp.eye(512, dtype=jnp.bfloat16), None, f, TuningConfig(128, 2, 2, 3))
+        np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(round_to(w.operand(), found.dtype)).T)
+
+    @pytest.mark.parametrize("code_min", [-7, -8])
+    @pytest.mark.parametrize(
+        ("m", "config"),
+        [
+            (1, (8, 2, 1, 8, True)),
+            (8, (8, 2, 3, 4)),
+            (24, (16, 2, 2, 8, True)),
+            (136, (128, 2, 2, 3, True, 2)),
+            (1000, (128, 2, 2, 3)),
+            (1504, (16, 2, 1, 16, True)),
+        ],
+    )
+    def test_products(self, code_min: int, m: int, config: tuple[Any, ...]) -> None:
+        w = weight_of(*random_checkpoint(m, 768, 512, code_min=code_min), numerics="exact", code_min=code_min)
+        f = FragmentWeight.from_weight(w, "w4a16")
+        x = jnp.asarray(np.random.default_rng(m).standard_normal((m, 512)), jnp.bfloat16)
+        found, again = (np.asarray(dense_gemm(x, None, f, TuningConfig(*config)), np.float64) for _ in "12")
+        np.testing.assert_array_equal(found, again)
+        a, b = (np.asarray(round_to(v, jnp.bfloat16), np.float64) for v in (x, w.operand()))
+        # The rounding to bf16 alone is 1.7e-3.
+        assert np.linalg.norm(found - a @ b.T) < 1.8e-3 * np.linalg.norm(a @ b.T)
+        assert not np.any(np.asarray(f.flags))
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
+def test_operands_of_the_other_scheme_are_refused(scheme: Any) -> None:
+    w = weight_of(*random_checkpoint(0, 256, 256, code_min=-7), code_min=-7, numerics="exact")
+    f = FragmentWeight.from_weight(w, scheme)
+    x8, token_scale = quantize_activations(jnp.ones((16, 256), jnp.bfloat16))
+    x = jnp.ones((16, 256), jnp.bfloat16)
+    wrong: Any = {"w4a8": [(x, token_scale), (x8, None)], "w4a16": [(x8, None), (x, token_scale)]}[scheme]
+    for operands in wrong:
+        with pytest.raises(W4A8Error, match="do not fit weights in form"):
+            dense_gemm(*operands, f, TuningConfig(16))
+
+
+def test_bf16_tokens_take_twice_the_shared_memory() -> None:
+    config = TuningConfig(128, 2, 2, 4)
+    config.check(256, 256, "two_tables")
+    with pytest.raises(W4A8Error, match="bytes of shared memory"):
+        config.check(256, 256, "bf16")

@@ -1,13 +1,16 @@
 """The kernels' layout, decoded as each thread of the warpgroup decodes it, instruction by instruction."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from random_weights import random_checkpoint, weight_of
 
-from pallas_kernels import W4A8Error, W4Weight
+from pallas_kernels import W4A8Error, W4Weight, register_dequantize
 from pallas_kernels.fragments import FragmentWeight
+from pallas_kernels.rounding import round_to
 
 
 def prmt(low: int, high: int, selector: int) -> int:
@@ -93,6 +96,90 @@ def test_threads_find_their_find_their_operands(code_min: int) -> None:
                         wanted = expected[row, column : column + 4]
                         # A zero may have either sign.
                         np.testing.assert_array_equal(found * (found != 0x80), wanted * (wanted != 0x80))
+
+
+def on_pairs(operation: np.ufunc) -> Callable[..., np.ndarray]:
+    """A bf16x2 instruction: rounds each of two results to bf16."""
+
+    def instruction(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return operation(*(word[:, None].view(ml_dtypes.bfloat16) for word in (a, b))).view(np.uint32)[:, 0]
+
+    return instruction
+
+
+def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
+    terms = [x & y & z for x in (~a, a) for y in (~b, b) for z in (~c, c)]
+    return sum(term for i, term in enumerate(terms) if table[0] >> i & 1)
+
+
+INSTRUCTIONS: dict[str, Callable[..., np.ndarray]] = {
+    "mov.b32": lambda a: a,
+    "shr.u32": lambda a, b: a >> b,
+    "lop3.b32": lop3,
+    "prmt.b32": np.vectorize(lambda *operands: prmt(*map(int, operands)), otypes=[np.uint32]),
+    "add.rn.bf16x2": on_pairs(np.add),
+    "mul.rn.bf16x2": on_pairs(np.multiply),
+}
+
+
+def execute(ptx: str, results: int, operands: list[np.ndarray]) -> list[np.ndarray]:
+    """What inline PTX of the above instructions computes: uint32 [T] of T threads."""
+    registers = {f"${results + i}": operand for i, operand in enumerate(operands)}
+    for line in ptx.strip("{} ").split(";")[:-1]:
+        name, result, *arguments = line.replace(",", " ").split()
+        if name != ".reg":
+            values = [registers[a] if a in registers else np.array([int(a, 0)], np.uint32) for a in arguments]
+            registers[result] = INSTRUCTIONS[name](*values)
+    return [registers[f"${i}"] for i in range(results)]
+
+
+def decode_bf16(words: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """uint32 [T], and bf16 [T, 2] of rows r and r + 8 -> bf16 bits [T, 4, 2]: pairs of rows r and r + 8 in turn."""
+    rows = execute(register_dequantize._SCALE_PAIRS, 2, [np.ascontiguousarray(scales).view(np.uint32)[:, 0]])
+    return np.stack(execute(register_dequantize._WORD["bf16"], 4, [words, *rows]), axis=1)[..., None].view(np.uint16)
+
+
+@pytest.mark.parametrize("code_min", [-7, -8])
+def test_threads_find_bf16_operands(code_min: int) -> None:
+    codes, scale = random_checkpoint(5, 128, 256, code_min=code_min)
+    w = weight_of(codes, scale, numerics="exact", code_min=code_min)
+    f = FragmentWeight.from_weight(w, "w4a16")
+    assert (f.form, f.scheme) == ("bf16", "w4a16")
+    words, scales = np.asarray(f.words), np.asarray(f.scales)
+    expected = np.asarray(round_to(w.operand(), jnp.bfloat16)).view(np.uint16)
+    warp, lane = np.divmod(np.arange(128), 32)
+    for tile, group in np.ndindex(2, 2):
+        flat = words[tile, group].reshape(2, 128, 4)  # a thread's two loads of four words
+        pairs = scales[tile, group].reshape(32, 2)[8 * warp + lane // 4]
+        for c in range(8):
+            found = decode_bf16(flat[c // 4, :, c % 4], pairs)
+            for i, e in np.ndindex(4, 2):
+                row = 64 * tile + 16 * warp + lane // 4 + 8 * (i % 2)
+                column = 128 * group + 16 * c + 8 * (i // 2) + 2 * (lane % 4) + e
+                np.testing.assert_array_equal(found[:, i, e], expected[row, column])
+
+
+@pytest.mark.parametrize("word", [0x76543210, 0xFEDCBA98])
+def test_bf16_operands_are_right_for_every_normal_scale(word: int) -> None:
+    """All codes with all finite scales that are not subnormal, of either sign."""
+    scales = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    magnitude = np.abs(scales.astype(np.float32))
+    scales = scales[np.isfinite(magnitude) & ((magnitude >= 2.0**-126) | (magnitude == 0))]
+    assert len(scales) == 2 * (254 * 128 + 1)
+    found = decode_bf16(np.full(len(scales), word, np.uint32), np.stack([scales, scales], axis=1))
+    for i, e in np.ndindex(4, 2):
+        code = (word >> 4 * (4 * e + i) & 15) - 8
+        with np.errstate(over="ignore"):
+            expected = (code * scales.astype(np.float32)).astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(found[:, i, e], expected.view(np.uint16))
+
+
+@pytest.mark.parametrize(("numerics", "dtype"), [("lut", jnp.bfloat16), ("exact", jnp.float16), ("exact", jnp.float32)])
+def test_w4a16_refuses_scales_that_bf16_cannot_hold(numerics: str, dtype: jnp.dtype) -> None:
+    w = W4Weight.from_checkpoint(jnp.zeros((64, 16), jnp.int32), jnp.ones((64, 1), dtype), numerics=numerics)
+    with pytest.raises(W4A8Error, match=f"w4a16 takes exact numerics with bf16 scales, found {numerics}"):
+        FragmentWeight.from_weight(w, "w4a16")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The dense kernel's schedule, pipeline, ragged edges, sums across blocks and epilogue, interpreted on a CPU."""
 
+import dataclasses
+
 import interpreter
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from random_weights import random_checkpoint, weight_of
 
-from pallas_kernels import quantize_activations
+from pallas_kernels import quantize_activations, tuning, w4a16_matmul
 from pallas_kernels.dense_gemm import TuningConfig, dense_gemm
 from pallas_kernels.fragments import FragmentWeight
 
@@ -50,6 +52,41 @@ def test_exact_products(code_min: int, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = (np.asarray(v.astype(jnp.float32), np.float64) for v in (x8, w.operand()))
     expected = np.asarray(token_scale, np.float64) * (a @ b.T)
     assert np.linalg.norm(found.astype(np.float64) - expected) < 2e-3 * np.linalg.norm(expected)
+    assert not races
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "config"),
+    [
+        (1, 384, 512, TuningConfig(8, 2, 3, 3, ctas=1)),
+        (40, 512, 512, TuningConfig(16, 2, 2, 4, stream_k=True, ctas=5)),
+        (40, 512, 640, TuningConfig(16, 2, 1, 3, stream_k=True, cluster=2, ctas=6)),
+    ],
+)
+def test_w4a16_products(m: int, n: int, k: int, config: TuningConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = weight_of(*random_checkpoint(m, n, k), numerics="exact")
+    w = dataclasses.replace(w, channel_scale=jnp.exp2(jnp.arange(n) % 3))
+    x = jnp.asarray(np.random.default_rng(m).standard_normal((m, k)), jnp.bfloat16)
+    prepared = FragmentWeight.from_weight(w, "w4a16")
+
+    found, races = interpreter.run(monkeypatch, dense_gemm, x, None, prepared, config)
+
+    a, b = (np.asarray(v.astype(jnp.bfloat16), np.float64) for v in (x, w.operand()))
+    expected = np.asarray(w.channel_scale, np.float64) * (a @ b.T)
+    # The rounding to bf16 alone is 1.7e-3.
+    assert np.linalg.norm(found.astype(np.float64) - expected) < 1.8e-3 * np.linalg.norm(expected)
+    assert not races
+
+
+def test_the_w4a16_op_pads_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = weight_of(*random_checkpoint(2, 128, 256), numerics="exact")
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((3, 3, 256)), jnp.float32)
+    prepared = FragmentWeight.from_weight(w, "w4a16")
+    with tuning.force_config(TuningConfig(16, 2, 1, 3, ctas=2)):
+        found, races = interpreter.run(monkeypatch, w4a16_matmul, x, prepared)
+    expected = np.asarray(w4a16_matmul(x, w, out_dtype=jnp.float32))
+    assert found.shape == (3, 3, 128)
+    assert np.linalg.norm(found.astype(np.float32) - expected) < 1.8e-3 * np.linalg.norm(expected)
     assert not races
 
 

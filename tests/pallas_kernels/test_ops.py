@@ -7,7 +7,15 @@ import numpy_twin as twin
 import pytest
 from random_weights import extreme_checkpoint, random_checkpoint, weight_of
 
-from pallas_kernels import W4A8Error, w4a8_matmul, w4a8_ragged_matmul, w4a16_matmul
+from pallas_kernels import (
+    FragmentWeight,
+    W4A8Error,
+    prepare_weight,
+    tuning,
+    w4a8_matmul,
+    w4a8_ragged_matmul,
+    w4a16_matmul,
+)
 
 TOLERANCE = 1e-5
 PRODUCTS = {"w4a8": w4a8_matmul, "w4a16": w4a16_matmul}
@@ -140,6 +148,30 @@ def test_refusals(call, message):
     codes, scale = random_checkpoint(9, 128, 128)
     with pytest.raises(W4A8Error, match=message):
         call(weight_of(codes, scale), _activations(8, 4, 128))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "numerics", "prepared"),
+    [("w4a8", "lut", True), ("w4a8", "exact", True), ("w4a16", "exact", True), ("w4a16", "lut", False)],
+)
+def test_weights_are_prepared_for_a_scheme(scheme, numerics, prepared, monkeypatch):
+    w = weight_of(*random_checkpoint(9, 128, 128), numerics=numerics)
+    assert prepare_weight(w, scheme) is w
+    monkeypatch.setattr(tuning, "hopper", lambda: True)
+    found = prepare_weight(w, scheme)
+    assert isinstance(found, FragmentWeight) == prepared
+    if prepared:
+        assert found.scheme == scheme
+        other = {"w4a8": w4a16_matmul, "w4a16": w4a8_matmul}[scheme]
+        with pytest.raises(W4A8Error, match=f"w: expected a weight prepared for w4a.*, found one for {scheme}"):
+            other(_activations(8, 4, 128), found)
+
+
+def test_scales_that_bf16_cannot_hold_are_left_to_the_reference(monkeypatch):
+    monkeypatch.setattr(tuning, "hopper", lambda: True)
+    codes, scale = random_checkpoint(9, 128, 128)
+    w = weight_of(codes, scale.astype(np.float32), numerics="exact")
+    assert prepare_weight(w, "w4a16") is w
 
 
 @pytest.mark.parametrize("sizes", [np.array([1, 2, 1], np.int32), np.array([2.0, 2.0], np.float32)], ids=str)

@@ -185,6 +185,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path, text: str, message: str) ->
         (entry(16, A, config={"tile_tokens": 12}), "tile_tokens must be a multiple of 8"),
         (entry(16, A, config={"tile_tokens": 128, "stages": 40}), "bytes of shared memory"),
         (entry(16, A, config={"tile_tokens": 16, "warpgroups": 3}), "384 rows"),
+        (entry(2048, C, form="bf16"), "bytes of shared memory"),  # fits FP8 tokens only
     ],
 )
 def test_a_wrong_entry_is_named(table: Path, bad: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,26 +202,35 @@ def test_a_missing_table_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         tuning.choose(16, N, K, FORM)
 
 
+@pytest.mark.parametrize("form", [FORM, "bf16"])
 @pytest.mark.parametrize("m", [1, 8, 24, 64, 65, 128, 512, 4096, 16384])
 @pytest.mark.parametrize(("n", "k"), [(14336, 12288), (4096, 14336), (128, 256), (384, 384)])
-def test_candidates_fit(m: int, n: int, k: int) -> None:
-    found = tuning.candidates(m, n, k)
+def test_candidates_fit(m: int, n: int, k: int, form: str) -> None:
+    found = tuning.candidates(m, n, k, form)
     assert found
     assert len(found) <= 50
     assert len(set(found)) == len(found)
     for config in found:
-        assert tuning_tables.misfit(config, n, k) is None
+        assert tuning_tables.misfit(config, n, k, form) is None
         assert config.tile_tokens < 2 * max(m, 8)
 
 
+def test_w4a16_has_tiles_of_its_own() -> None:
+    """Those of W4A8 with 3 warpgroups have no registers for a bf16 operand."""
+    tiles = {(c.tile_tokens, c.row_blocks, c.warpgroups) for c in tuning.candidates(4096, 12288, K, "bf16")}
+    assert (96, 2, 3) not in tiles
+    assert (160, 2, 1) in tiles
+
+
 def test_candidates_vary_what_the_kernel_has() -> None:
-    found = tuning.candidates(4096, N, K)
+    found = tuning.candidates(4096, N, K, FORM)
     assert {c.stream_k for c in found} == {False, True}
     assert {c.cluster for c in found} == {1, 2}
-    assert {c.cluster for c in tuning.candidates(16, N, K)} == {1}
+    assert {c.cluster for c in tuning.candidates(16, N, K, FORM)} == {1}
 
 
+@pytest.mark.parametrize("form", [FORM, "bf16"])
 @pytest.mark.parametrize("n", [128, 256, 384, 14336])
-@pytest.mark.parametrize("m", [1, 64, 65, 128, 1000, 16384])
-def test_the_heuristic_fits(m: int, n: int) -> None:
-    assert tuning_tables.misfit(tuning.heuristic(m, n, 4096, FORM), n, 4096) is None
+@pytest.mark.parametrize("m", [1, 9, 17, 64, 65, 128, 1000, 16384])
+def test_the_heuristic_fits(m: int, n: int, form: str) -> None:
+    assert tuning_tables.misfit(tuning.heuristic(m, n, 4096, form), n, 4096, form) is None

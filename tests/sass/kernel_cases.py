@@ -9,12 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import W4A8Error, W4Weight, tuning, tuning_tables
+from pallas_kernels import W4Weight, tuning, tuning_tables
 from pallas_kernels.dense_gemm import TuningConfig, dense_gemm
 from pallas_kernels.fragments import FragmentWeight
 
 TABLES = Path(tuning_tables.__file__).with_name("tuned")
-FORMS = [("lut", -7), ("lut", -8), ("exact", -7), ("exact", -8)]  # (numerics, code_min)
+FORMS = [  # (scheme, numerics, code_min)
+    ("w4a8", "lut", -7),
+    ("w4a8", "lut", -8),
+    ("w4a8", "exact", -7),
+    ("w4a8", "exact", -8),
+    ("w4a16", "exact", -8),
+]
 TOKENS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
 OUTPUTS = (384, 4096, 12288, 14336, 73728)
 INPUTS = (36864, 12288, 4096, 2048, 768)
@@ -26,6 +32,7 @@ LEAST_INPUTS = 4096
 class Case:
     """A kernel to compile; hashable, and made of what JSON can hold."""
 
+    scheme: str
     numerics: str
     code_min: int
     config: TuningConfig
@@ -35,47 +42,45 @@ class Case:
 
     def __str__(self) -> str:
         shown = [f"{f.name}={v}" for f in dataclasses.fields(self.config) if (v := getattr(self.config, f.name))]
-        return f"{self.numerics}{self.code_min}-{'-'.join(shown)}"
+        form = self.scheme if self.scheme == "w4a16" else f"{self.numerics}{self.code_min}"
+        return f"{form}-{'-'.join(shown)}"
 
 
-def abstract_weight(numerics: str, code_min: int, n: int, k: int) -> FragmentWeight:
-    """A prepared weight without its numbers.
-
-    Raises:
-        W4A8Error: the kernel does not take such weights.
-    """
+def abstract_weight(scheme: str, numerics: str, code_min: int, n: int, k: int) -> FragmentWeight:
+    """A prepared weight without its numbers."""
     packed = jax.ShapeDtypeStruct((n, k // 8), jnp.int32)
     scale = jax.ShapeDtypeStruct((n, k // 128), jnp.bfloat16)
 
     def prepare(packed: jax.Array, scale: jax.Array) -> FragmentWeight:
-        return FragmentWeight.from_weight(W4Weight.from_checkpoint(packed, scale, numerics=numerics, code_min=code_min))
+        w = W4Weight.from_checkpoint(packed, scale, numerics=numerics, code_min=code_min)
+        return FragmentWeight.from_weight(w, scheme)
 
     return jax.eval_shape(prepare, packed, scale)
 
 
 def dense(
-    numerics: str, code_min: int, config: dict[str, Any], m: int, n: int, k: int
+    scheme: str, numerics: str, code_min: int, config: dict[str, Any], m: int, n: int, k: int
 ) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
     """The dense kernel and its abstract arguments."""
-    tokens = jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((m, 1), jnp.float32)
+    w = abstract_weight(scheme, numerics, code_min, n, k)
+    tokens: tuple[Any, Any] = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), None
+    if scheme == "w4a8":
+        tokens = jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((m, 1), jnp.float32)
 
-    def product(x8: jax.Array, token_scale: jax.Array, w: FragmentWeight) -> jax.Array:
-        return dense_gemm(x8, token_scale, w, TuningConfig(**config))
+    def product(x: jax.Array, token_scale: jax.Array | None, w: FragmentWeight) -> jax.Array:
+        return dense_gemm(x, token_scale, w, TuningConfig(**config))
 
-    return product, (*tokens, abstract_weight(numerics, code_min, n, k))
+    return product, (*tokens, w)
 
 
 def all_cases() -> list[Case]:
     """Every pair of form and configuration that may be chosen, each at one of the shapes that it is chosen for."""
     found: dict[tuple[Any, ...], Case] = {}
-    for numerics, code_min in FORMS:
-        try:
-            form = abstract_weight(numerics, code_min, 384, 768).form
-        except W4A8Error:
-            continue  # no kernel for it
+    for scheme, numerics, code_min in FORMS:
+        form = abstract_weight(scheme, numerics, code_min, 384, 768).form
         for config, m, n, k in [*_from_heuristic(form), *_from_tables(form)]:
-            case = Case(numerics, code_min, config, m, n, max(k, LEAST_INPUTS))
-            found.setdefault((numerics, form, config), case)
+            case = Case(scheme, numerics, code_min, config, m, n, max(k, LEAST_INPUTS))
+            found.setdefault((form, config), case)
     return list(found.values())
 
 

@@ -418,7 +418,7 @@ def test_kernels_are_chosen_by_words_of_their_names() -> None:
 
 def test_our_kernels_run_what_is_chosen() -> None:
     every = [x for x in kernels.our_kernels() if isinstance(x, kernels.OurKernel)]
-    forms = ["sign_magnitude", "two_tables", "subnormal", "subnormal_8"]
+    forms = ["sign_magnitude", "two_tables", "subnormal", "subnormal_8", "bf16"]
     assert [x.form(256, 256) for x in every] == forms
     first = every[0]
     assert first.config(16, 256, 256) == dataclasses.asdict(tuning.choose(16, 256, 256, "sign_magnitude"))
@@ -472,7 +472,7 @@ class TestParts:
 
 
 def test_tables_add_up(tmp_path: Path) -> None:
-    config = tuning.candidates(16, 256, 256)[0]
+    config = tuning.candidates(16, 256, 256, "sign_magnitude")[0]
     entries = [Entry("sign_magnitude", n, 256, m, config) for n in (256, 512) for m in (1, 16)]
     table = Table("x", entries)
     part = table.part(256, 512, [16])
@@ -486,7 +486,7 @@ def test_tables_add_up(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_cache")
 def test_tune_takes_the_fastest_right_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidates stand for products with times of their own; the quickest of all is wrong, another does not compile."""
-    configs = tuning.candidates(16, 256, 256)
+    configs = tuning.candidates(16, 256, 256, "sign_magnitude")
     wrong, broken, best = configs[0], configs[1], configs[2]
     times = iter(range(1000))
 

@@ -12,7 +12,7 @@ import pytest
 from toy import save_checkpoint, toy_config, toy_tensors
 
 import w4a8jax
-from pallas_kernels import W4A8Error, W4Weight
+from pallas_kernels import W4A8Error, W4Weight, tuning
 from w4a8jax.checkpoints.reader import CheckpointReader
 
 FAMILIES = ("cohere2", "llama", "qwen3")
@@ -96,6 +96,15 @@ def test_schemes(checkpoints: Path) -> None:
         for scheme in ("w4a8", "w4a16")
     }
     assert not np.array_equal(logits["w4a8"], logits["w4a16"])
+
+
+@pytest.mark.parametrize(("scheme", "form"), [("w4a8", "two_tables"), ("w4a16", "bf16")])
+def test_weights_for_kernels(checkpoints: Path, scheme: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "hopper", lambda: True)
+    for stored in ("w4a8", "w4a16"):
+        layers = w4a8jax.load(checkpoints / f"llama-{stored}", scheme=scheme, kernels=True).decoder.layers
+        for linear in (layers[0].attention.qkv, layers[1].mlp.down):
+            assert (linear.scheme, linear.weight.get_value().form) == (scheme, form)
 
 
 def test_group_sizes_of_others_are_read(changed: Callable[[str, Edit], Path]) -> None:

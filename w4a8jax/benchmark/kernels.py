@@ -17,7 +17,7 @@ import numpy as np
 from pallas_kernels import tuning
 from pallas_kernels.dense_gemm import TuningConfig, dense_gemm
 from pallas_kernels.errors import W4A8Error
-from pallas_kernels.fragments import FragmentWeight
+from pallas_kernels.fragments import FragmentWeight, Scheme
 from pallas_kernels.weight_format import Numerics
 
 from . import timing
@@ -82,9 +82,14 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class OurKernel(Kernel):
-    """`dense_gemm`, in the configuration that `tuning.choose` gives."""
+    """`dense_gemm`, in the configuration that `tuning.choose` gives; for W4A16 its reference is "w4a16"."""
 
     numerics: Numerics = "lut"
+
+    @property
+    def scheme(self) -> Scheme:
+        """What it multiplies the weights with."""
+        return "w4a16" if self.reference == "w4a16" else "w4a8"
 
     def config(self, m: int, n: int, k: int) -> dict[str, Any] | None:
         return dataclasses.asdict(tuning.choose(m, n, k, self.form(n, k)))
@@ -94,10 +99,10 @@ class OurKernel(Kernel):
         return self._abstract_weight(n, k).form
 
     def weight(self, weights: Weights, i: int) -> Any:
-        return _to_fragments(weights.quantized(i, self.numerics)[0])
+        return _to_fragments(weights.quantized(i, self.numerics)[0], self.scheme)
 
     def _abstract_weight(self, n: int, k: int) -> Any:
-        return _abstract_weight(n, k, self.code_min, self.numerics)
+        return _abstract_weight(n, k, self.code_min, self.numerics, self.scheme)
 
     def function(self, m: int, n: int, k: int) -> Callable[[Any, Any], Any]:
         return self.compiled(m, n, k, tuning.choose(m, n, k, self.form(n, k)))
@@ -106,13 +111,15 @@ class OurKernel(Kernel):
         """The product in a configuration."""
 
         def product(inputs: Any, w: FragmentWeight) -> Any:
-            x8, token_scale = inputs
+            x, token_scale = (inputs, None) if self.scheme == "w4a16" else inputs
             # As the op does it: the copy engine's tiles are of 8 tokens.
             if m > 8 and m % 8:
-                x8 = jnp.pad(x8, ((0, -m % 8), (0, 0)))
-            return dense_gemm(x8, token_scale, w, config)[:m]
+                x = jnp.pad(x, ((0, -m % 8), (0, 0)))
+            return dense_gemm(x, token_scale, w, config)[:m]
 
-        inputs = jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((m, 1), jnp.float32)
+        inputs: Any = jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((m, 1), jnp.float32)
+        if self.scheme == "w4a16":
+            inputs = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
         return jax.jit(product).lower(inputs, self._abstract_weight(n, k)).compile()
 
 
@@ -139,7 +146,9 @@ def our_kernels() -> list[Kernel]:
     lut = [OurKernel(f"w4a8 lut {c}..7", "w4a8", 0.5 + 1 / 128, 1, c, 5.5e-3) for c in (-7, -8)]
     # Sums of "exact" numerics are of 128 products; the rest is in fp32.
     exact = [OurKernel(f"w4a8 exact {c}..7", "exact", 0.5 + 4 / 128, 1, c, 2e-3, "exact") for c in (-7, -8)]
-    return [*lut, *exact]
+    # What is expected has weights that are not rounded to bf16: that is 1.7e-3 at most, as is the result's rounding.
+    w4a16 = OurKernel("w4a16 -8..7", "w4a16", 0.5 + 2 / 128, 2, -8, 4e-3, "exact")
+    return [*lut, *exact, w4a16]
 
 
 def jax_kernels() -> list[Kernel]:
@@ -177,9 +186,9 @@ def _dot(a: Any, b: Any) -> Any:
 
 
 @functools.cache
-def _abstract_weight(n: int, k: int, code_min: int, numerics: Numerics) -> Any:
-    return jax.eval_shape(lambda: FragmentWeight.from_weight(Weights(n, k, code_min).quantized(0, numerics)[0]))
+def _abstract_weight(n: int, k: int, code_min: int, numerics: Numerics, scheme: Scheme) -> Any:
+    return jax.eval_shape(lambda: _to_fragments(Weights(n, k, code_min).quantized(0, numerics)[0], scheme))
 
 
 # Under jit, so that the codes are never unpacked in memory as a whole.
-_to_fragments = jax.jit(FragmentWeight.from_weight)
+_to_fragments = jax.jit(FragmentWeight.from_weight, static_argnums=1)

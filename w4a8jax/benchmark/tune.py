@@ -79,7 +79,8 @@ def run(
 
 def configurations(kernel: OurKernel, m: int, n: int, k: int) -> list[TuningConfig]:
     """What to measure: what is chosen now, then the candidates; none twice."""
-    return list(dict.fromkeys([tuning.choose(m, n, k, kernel.form(n, k)), *tuning.candidates(m, n, k)]))
+    form = kernel.form(n, k)
+    return list(dict.fromkeys([tuning.choose(m, n, k, form), *tuning.candidates(m, n, k, form)]))
 
 
 def _before(found: list[tuple[float, TuningConfig, dict[str, Any]]], config: TuningConfig) -> str:

@@ -13,7 +13,9 @@ operand, in shared memory. So a tile of the output is computed transposed, rows 
         arrived -> lookup tables -> slot      scale, transpose through shared memory, TMA to the output
 
 One wgmma is always in flight while the next block is dequantized: each waits for all but itself (`wgmma_wait(1)`). The
-first step is peeled, so that the release in the loop needs no condition, which ptxas would serialize for.
+first step is peeled, so that the release in the loop needs no condition, which ptxas would serialize for. A warpgroup
+with one row block alternates between two K steps instead of two blocks, so that it never writes registers which a wgmma
+in flight reads: its steps go in pairs.
 
 For W4A16 (form "bf16") it is the same without tables and token scales: weights are multiplied by their group's scale in
 registers, rounded to bf16.
@@ -42,6 +44,8 @@ from .schedule import Schedule
 _SHARED_MEMORY = 227 * 1024
 # Registers of a thread in compute and memory warpgroups, by the number of compute warpgroups. One has all it can use.
 _REGISTERS = {2: (232, 40), 3: (160, 32)}
+# Their codes do not hold the groups' scales, which multiply sums in fp32.
+_SUMS_BY_GROUP = ("subnormal", "subnormal_8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,7 @@ class TuningConfig:
 
     Attributes:
         tile_tokens: tokens of a tile, a multiple of 8 up to 256.
-        row_blocks: blocks of 64 rows that each compute warpgroup holds; at least 2, so that two wgmmas can overlap.
+        row_blocks: blocks of 64 rows that each compute warpgroup holds. With 1, tiles can have 256 tokens.
         warpgroups: compute warpgroups, 1 to 3.
         stages: slots of the pipeline.
         stream_k: whether blocks share the tiles that do not fill the grid.
@@ -71,12 +75,23 @@ class TuningConfig:
         """Output channels of a tile."""
         return TILE_ROWS * self.row_blocks * self.warpgroups
 
+    @property
+    def steps_at_once(self) -> int:
+        """K steps, of 128 columns, that go together."""
+        return 2 if self.row_blocks == 1 else 1
+
+    @property
+    def staged_tokens(self) -> int:
+        """Tokens of the output that shared memory holds at a time: half of a large tile."""
+        return self.tile_tokens // 2 if self.tile_tokens > 128 and self.tile_tokens % 16 == 0 else self.tile_tokens
+
     def shared_memory(self, form: str) -> int:
-        """Bytes; for W4A8, those of the form of codes whose tables are larger."""
+        """Bytes, for weights in a form."""
         blocks = self.row_blocks * self.warpgroups
-        x_bytes, scale_bytes = (2, 2) if form == "bf16" else (1, 16 + 1)
+        x_bytes = 2 if form == "bf16" else 1
+        scale_bytes = {"bf16": 2, "subnormal": 4, "subnormal_8": 4}.get(form, 1) + 4 * table_words(form)
         slot = blocks * TILE_ROWS * (TILE_COLUMNS // 2 + scale_bytes) + self.tile_tokens * TILE_COLUMNS * x_bytes
-        fixed = blocks * self.tile_tokens * TILE_ROWS * 2 + self.warpgroups * 1024
+        fixed = blocks * self.staged_tokens * TILE_ROWS * 2 + self.warpgroups * 1024
         return self.stages * slot + fixed + 1024
 
     def check(self, n: int, k: int, form: str) -> None:
@@ -84,9 +99,10 @@ class TuningConfig:
         blocks = self.row_blocks * self.warpgroups
         if not (8 <= self.tile_tokens <= 256 and self.tile_tokens % 8 == 0):
             raise W4A8Error(f"kernel: tile_tokens must be a multiple of 8 up to 256, found {self}")
-        if self.row_blocks < 2 or blocks % 2:
-            # With one, the next block's weights would be written to registers that a wgmma in flight still reads.
-            raise W4A8Error(f"kernel: row_blocks must be at least 2, and even for odd warpgroups, found {self}")
+        if self.row_blocks < 1 or blocks % 2:
+            raise W4A8Error(f"kernel: row_blocks must be positive, and even for odd warpgroups, found {self}")
+        if self.row_blocks == 1 and (k % (2 * TILE_COLUMNS) or form in _SUMS_BY_GROUP):
+            raise W4A8Error(f"kernel: row_blocks 1 is for K a multiple of 256, not {k}, and not for exact numerics")
         if n % (self.tile_rows * self.cluster):
             raise W4A8Error(f"kernel: N {n} is no multiple of {self.tile_rows * self.cluster} rows, those of {self}")
         if (needed := self.shared_memory(form)) > _SHARED_MEMORY:
@@ -121,10 +137,12 @@ def dense_gemm(
     # Steps between a copy and the use of its scales. With one more, what frees a slot would wait for that slot.
     lag = stages - 2
     n_tiles, m_tiles = n // config.tile_rows // config.cluster, pl.cdiv(m, config.tile_tokens)
-    schedule = Schedule(n_tiles * m_tiles, k // TILE_COLUMNS, config.ctas // config.cluster, config.stream_k)
-    part = next(p for p in (32, 24, 16, 8) if config.tile_tokens % p == 0)
+    at_once = config.steps_at_once
+    schedule = Schedule(n_tiles * m_tiles, k // TILE_COLUMNS // at_once, config.ctas // config.cluster, config.stream_k)
+    staged_tokens = config.staged_tokens
+    part = next(p for p in (32, 24, 16, 8) if staged_tokens % p == 0)
     uses_tables = table_words(w.form) > 0
-    sums_by_group = w.form in ("subnormal", "subnormal_8")
+    sums_by_group = w.form in _SUMS_BY_GROUP
     x_bytes = x.dtype.itemsize
     accumulator_shapes = [plgpu.ACC((TILE_ROWS, config.tile_tokens))] * config.row_blocks
     # Partial sums of several blocks are loaded at a time, where registers allow.
@@ -170,15 +188,20 @@ def dense_gemm(
                 plgpu.set_max_registers(_REGISTERS[config.warpgroups][0], action="increase")
             my_blocks = [warpgroup * config.row_blocks + b for b in range(config.row_blocks)]
 
-            def multiply(accumulators: Any, slot: Any, before: Any) -> None:
-                plgpu.barrier_wait(full.at[slot])
-                for i, (block, accumulator) in enumerate(zip(my_blocks, accumulators, strict=True)):
-                    words = plgpu.load(words_smem.at[slot, block], layout=WORDS)
-                    tables = load_tables((tables_smem if uses_tables else scales_smem).at[slot, block], w.form)
-                    plgpu.wgmma(accumulator, dequantize_tile(words, tables, w.form), x_smem.at[slot].T)
-                    plgpu.wgmma_wait(1)
-                    if i == 0 and before is not None:
-                        plgpu.barrier_arrive(consumed.at[before])
+            def multiply(accumulators: Any, slot: Any, before: Any) -> Any:
+                """One step, or two; the slot of the last."""
+                for ahead in range(at_once):
+                    if ahead:
+                        before, slot = slot, following(slot)
+                    plgpu.barrier_wait(full.at[slot])
+                    for i, (block, accumulator) in enumerate(zip(my_blocks, accumulators, strict=True)):
+                        words = plgpu.load(words_smem.at[slot, block], layout=WORDS)
+                        tables = load_tables((tables_smem if uses_tables else scales_smem).at[slot, block], w.form)
+                        plgpu.wgmma(accumulator, dequantize_tile(words, tables, w.form), x_smem.at[slot].T)
+                        plgpu.wgmma_wait(1)
+                        if i == 0 and before is not None:
+                            plgpu.barrier_arrive(consumed.at[before])
+                return slot
 
             def multiply_exactly(sums: Any, slot: Any) -> list[Array]:
                 """Adds a step's products times the scales of its groups, which codes do not hold."""
@@ -205,28 +228,31 @@ def dense_gemm(
                 return [plgpu.load(channel_scale_gmem.at[r], layout=layout, optimized=False) for r in rows]
 
             def epilogue(first_block: Any, first_token: Any, scales: Any, results: Any) -> None:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for block, scale_n, result in zip(my_blocks, scales, results, strict=True):
-                    # In parts, so that few token scales are in registers at a time.
-                    for start in range(0, config.tile_tokens, part):
-                        tokens, scaled = pl.ds(start, part), result[:, start : start + part]
-                        if token_scale is not None:
-                            scale_m = plgpu.load(
-                                token_scale_smem.at[warpgroup, tokens],
-                                layout=plgpu.Layout.WGMMA.reduce(0),
-                                optimized=False,
+                for first in range(0, config.tile_tokens, staged_tokens):
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    for block, scale_n, result in zip(my_blocks, scales, results, strict=True):
+                        # In parts, so that few token scales are in registers at a time.
+                        for start in range(first, first + staged_tokens, part):
+                            out_smem.at[block, pl.ds(start - first, part)].T[...] = plgpu.layout_cast(
+                                scaled(result[:, start : start + part], scale_n, start).astype(jnp.bfloat16),
+                                plgpu.Layout.WGMMA_TRANSPOSED,
                             )
-                            scaled = lax.broadcast_in_dim(scale_m, scaled.shape, (1,)) * scaled
-                        scaled = lax.broadcast_in_dim(scale_n, scaled.shape, (0,)) * scaled
-                        out_smem.at[block, tokens].T[...] = plgpu.layout_cast(
-                            scaled.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED
+                    plgpu.commit_smem()
+                    for block in my_blocks:
+                        rows = pl.ds((first_block + block) * TILE_ROWS, TILE_ROWS)
+                        plgpu.copy_smem_to_gmem(
+                            out_smem.at[block], out_gmem.at[pl.ds(first_token + first, staged_tokens), rows]
                         )
-                plgpu.commit_smem()
-                for block in my_blocks:
-                    rows = pl.ds((first_block + block) * TILE_ROWS, TILE_ROWS)
-                    plgpu.copy_smem_to_gmem(
-                        out_smem.at[block], out_gmem.at[pl.ds(first_token, config.tile_tokens), rows]
+
+            def scaled(result: Any, scale_n: Any, start: Any) -> Any:
+                if token_scale is not None:
+                    scale_m = plgpu.load(
+                        token_scale_smem.at[warpgroup, pl.ds(start, part)],
+                        layout=plgpu.Layout.WGMMA.reduce(0),
+                        optimized=False,
                     )
+                    result = lax.broadcast_in_dim(scale_m, result.shape, (1,)) * result
+                return lax.broadcast_in_dim(scale_n, result.shape, (0,)) * result
 
             def segment(index: Any, done: Any) -> Any:
                 tile, low, high = schedule.segment(cta, index)
@@ -242,12 +268,9 @@ def dense_gemm(
 
                 def accumulate(*accumulators: Any) -> list[Array]:
                     def step(_: Any, before: Any) -> Any:
-                        slot = following(before)
-                        multiply(accumulators, slot, before)
-                        return slot
+                        return multiply(accumulators, following(before), before)
 
-                    slot = lax.rem(done, stages)
-                    multiply(accumulators, slot, None)
+                    slot = multiply(accumulators, lax.rem(done, stages), None)
                     slot = lax.fori_loop(low + 1, high, step, slot)
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(consumed.at[slot])
@@ -266,9 +289,10 @@ def dense_gemm(
                     )
                 if token_scale is not None:
                     plgpu.barrier_wait(token_scale_full.at[warpgroup])
+                done += (high - low) * at_once
                 if not schedule.splits:
                     epilogue(first_block, first_token, scales, results)
-                    return done + high - low
+                    return done
 
                 @pl.when(high < schedule.k_steps)
                 def contribute() -> None:
@@ -293,7 +317,7 @@ def dense_gemm(
                     steps = (cta - first + unroll - 1) // unroll
                     epilogue(first_block, first_token, scales, lax.fori_loop(0, steps, add, tuple(results)))
 
-                return done + high - low
+                return done
 
             lax.fori_loop(0, schedule.segments(cta), segment, 0)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -311,7 +335,8 @@ def dense_gemm(
                 plgpu.barrier_arrive(full.at[slot])
 
             def segment(index: Any, done: Any) -> Any:
-                tile, low, high = schedule.segment(cta, index)
+                tile, *steps = schedule.segment(cta, index)
+                low, high = (step * at_once for step in steps)
                 first_block, first_token = coordinates(tile)
                 rows = pl.ds(first_block, blocks)
 
@@ -375,7 +400,7 @@ def dense_gemm(
             "scales_smem": plgpu.SMEM((stages, blocks, TILE_ROWS), w.scales.dtype),
             "x_smem": plgpu.SMEM((stages, config.tile_tokens, TILE_COLUMNS), x.dtype, transforms=tiled(128 // x_bytes)),
             **(token_scales if token_scale is not None else {}),
-            "out_smem": plgpu.SMEM((blocks, config.tile_tokens, TILE_ROWS), jnp.bfloat16, transforms=tiled(64)),
+            "out_smem": plgpu.SMEM((blocks, staged_tokens, TILE_ROWS), jnp.bfloat16, transforms=tiled(64)),
             "full": plgpu.Barrier(num_barriers=stages, num_arrivals=3),
             "consumed": plgpu.ClusterBarrier(collective_axes=("rank",), **arrivals)
             if config.cluster > 1

@@ -121,7 +121,7 @@ _S_AND_T = """{ mov.b32 $2, $5;
         lop3.b32 $0, $4, 0xffffff00, $5, 0x6a; }"""
 
 
-def table_words(form: Form) -> int:
+def table_words(form: str) -> int:
     """32-bit words of a row's table; 0 if codes need none."""
     return {"sign_magnitude": 2, "two_tables": 4}.get(form, 0)
 

@@ -15,7 +15,6 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
 from typing import Any
 
 import jax
@@ -114,27 +113,24 @@ def _heuristic_bf16(m: int, n: int, k: int) -> TuningConfig:
 
 def _sharing_pays(config: TuningConfig, m: int, n: int, k: int, products: float = 1.4e9) -> bool:
     """Whether dividing the last tiles gains more than it costs, by rough rates of an H200, in microseconds."""
-    m_tiles = -(-m // config.tile_tokens)
+    m_tiles, filled = -(-m // config.tile_tokens), _filled(config, m, n)
     tiles = n // config.tile_rows * m_tiles
-    filled = tiles / (-(-tiles // config.ctas) * config.ctas)
     busy = max(n * k / 2 / 4e6, 2 * m_tiles * config.tile_tokens * n * k / products)
     partials = 2 * 4 * min(config.ctas, tiles) * config.tile_rows * config.tile_tokens
     return busy / filled - busy > 2 + partials / 5e6
 
 
-# (row blocks, warpgroups) and tokens of the tiles worth trying; the largest were compiled without spills.
+# (tokens, row blocks, warpgroups) of tiles worth trying; all compile without spills.
 _DECODE_TOKENS = (8, 16, 32, 64)
-_PREFILL_TILES = ((96, 2, 3), (128, 2, 1), (128, 2, 2), (160, 2, 2), (64, 2, 3), (64, 3, 2))
-_PREFILL_TILES_BF16 = ((96, 2, 2), (128, 2, 1), (128, 2, 2), (160, 2, 1), (64, 3, 2), (64, 4, 2))
-# Fields that a kernel may or may not have, with what to try of them.
-_VARIATIONS: dict[str, tuple[Any, ...]] = {"stream_k": (False, True), "cluster": (1, 2)}
+_PREFILL_TILES = ((96, 2, 3), (128, 2, 1), (128, 2, 2), (160, 2, 2), (192, 1, 2), (256, 1, 2))
+_PREFILL_TILES_BF16 = ((96, 2, 2), (128, 2, 1), (128, 2, 2), (160, 2, 1), (192, 1, 2), (64, 4, 2))
 
 
 def candidates(m: int, n: int, k: int, form: str) -> list[TuningConfig]:
     """Configurations worth measuring for M tokens and a weight [N, K] in a form: all that fit, none twice.
 
-    With few tokens, tiles that hold them all or half of them, 1 or 2 compute warpgroups, and several depths of the
-    pipeline; with many, the largest tiles. Each with and without the kernel's variations.
+    With few tokens, tiles that hold them all or half of them, 1 or 2 compute warpgroups, and two depths of the
+    pipeline; with many, the largest tiles. Blocks share tiles, or not, where that may pay.
     """
     tiles: list[tuple[int, int, int]] = []
     if m <= 128:
@@ -142,32 +138,33 @@ def candidates(m: int, n: int, k: int, form: str) -> list[TuningConfig]:
         tokens = {least, least // 2} if m > 16 else {least}
         tiles += [(t, 2, warpgroups) for t in sorted(tokens) for warpgroups in (1, 2)]
     if m > 64:
-        tiles += [t for t in (_PREFILL_TILES_BF16 if form == "bf16" else _PREFILL_TILES) if t[0] < 2 * m]
+        # Of the tokens of the tiles, a fifth may be beyond M; (128, 2, 1) takes every N.
+        large = _PREFILL_TILES_BF16 if form == "bf16" else _PREFILL_TILES
+        tiles += [t for t in large if t == (128, 2, 1) or -(-m // t[0]) * t[0] <= 1.25 * m]
     found: dict[TuningConfig, None] = {}
-    for tile_tokens, row_blocks, warpgroups in tiles:
-        base = TuningConfig(tile_tokens=tile_tokens, row_blocks=row_blocks, warpgroups=warpgroups)
+    for tile in tiles:
+        base = TuningConfig(*tile)
         for stages in _stages(base, n, k, form):
-            for variation in _variations(m):
-                config = dataclasses.replace(base, stages=stages, **variation)
-                if not tuning_tables.misfit(config, n, k, form):
-                    found[config] = None
+            filled = _filled(base, m, n)
+            for stream_k in (*([False] if filled > 0.55 else []), *([True] if filled < 0.97 else [])):
+                for cluster in (1, 2) if base.tile_tokens == 256 else (1,):
+                    config = dataclasses.replace(base, stages=stages, stream_k=stream_k, cluster=cluster)
+                    if not tuning_tables.misfit(config, n, k, form):
+                        found[config] = None
     return list(found)
 
 
+def _filled(config: TuningConfig, m: int, n: int) -> float:
+    """Of the blocks that whole waves have, the fraction that has a tile."""
+    tiles = n // config.tile_rows * -(-m // config.tile_tokens)
+    return tiles / (-(-tiles // config.ctas) * config.ctas)
+
+
 def _stages(config: TuningConfig, n: int, k: int, form: str) -> list[int]:
-    """The deepest pipeline that fits, and the deepest power of two, which costs fewer instructions."""
+    """The deepest pipeline that fits; for few tokens the deepest power of two too, which costs fewer instructions."""
     depths = range(3, max(3, min(16, k // 128)) + 1)
     fitting = [s for s in depths if not tuning_tables.misfit(dataclasses.replace(config, stages=s), n, k, form)]
     if not fitting:
         return []
     deepest = fitting[-1]
-    return sorted({deepest, 1 << deepest.bit_length() - 1}) if deepest >= 4 else [deepest]
-
-
-def _variations(m: int) -> Iterator[dict[str, Any]]:
-    names = [name for name in _VARIATIONS if name in tuning_tables.FIELDS]
-    for values in product(*(_VARIATIONS[name] for name in names)):
-        variation = dict(zip(names, values, strict=True))
-        # What blocks of a cluster share is the tokens: too few of them are no traffic to save.
-        if m >= 64 or variation.get("cluster", 1) == 1:
-            yield variation
+    return sorted({deepest, 1 << deepest.bit_length() - 1}) if config.tile_tokens <= 64 and deepest > 4 else [deepest]

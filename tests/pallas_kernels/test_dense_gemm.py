@@ -28,6 +28,9 @@ CASES = [  # tokens and TuningConfig: tile_tokens, row_blocks, warpgroups, stage
     (136, (128, 2, 1, 6, True, 2)),
     (504, (96, 2, 3, 3, True)),
     (1000, (160, 2, 2, 3)),
+    (256, (256, 1, 2, 4)),
+    (1000, (192, 1, 2, 5, True)),
+    (1504, (256, 1, 2, 4, True, 2)),
     (1504, (16, 2, 1, 16, True)),
 ]
 
@@ -107,7 +110,7 @@ class TestOnGpu:
         (TuningConfig(16, 2, 3), "no multiple of 384 rows"),
         (TuningConfig(128, 2, 2, 8), "bytes of shared memory"),
         (TuningConfig(12), "tile_tokens must be a multiple of 8"),
-        (TuningConfig(16, 1), "row_blocks must be"),
+        (TuningConfig(16, 0), "row_blocks must be"),
         (TuningConfig(16, 3, 1), "even for odd warpgroups"),
         (TuningConfig(16, 2, 2, 4, cluster=2), "no multiple of 512 rows"),
         (TuningConfig(16, 2, 1, 2), "at least 3 stages"),

@@ -24,6 +24,16 @@ CASES = [  # M, N, K, code_min, config
     (40, 512, 512, -8, TuningConfig(16, 2, 2, 4, stream_k=True, ctas=5)),  # full waves, then a shared tail
     (40, 512, 512, -7, TuningConfig(16, 2, 1, 3, cluster=2, ctas=4)),
     (40, 512, 512, -8, TuningConfig(16, 2, 1, 3, stream_k=True, cluster=2, ctas=6)),
+    (40, 256, 768, -7, TuningConfig(16, 1, 2, 3, ctas=2)),  # K steps in pairs, an odd number of stages
+    (40, 512, 1024, -8, TuningConfig(16, 1, 2, 4, stream_k=True, cluster=2, ctas=6)),  # pairs, shared tiles
+    (
+        136,
+        256,
+        512,
+        -7,
+        TuningConfig(136, 1, 2, 3, ctas=2),
+    ),  # the output in one piece, since its half is no multiple of 8
+    (144, 256, 512, -8, TuningConfig(144, 1, 2, 3, ctas=2)),  # the output in two pieces
 ]
 
 

@@ -486,7 +486,7 @@ def test_tables_add_up(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_cache")
 def test_tune_takes_the_fastest_right_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidates stand for products with times of their own; the quickest of all is wrong, another does not compile."""
-    configs = tuning.candidates(16, 256, 256, "sign_magnitude")
+    configs = tuning.candidates(64, 256, 256, "sign_magnitude")
     wrong, broken, best = configs[0], configs[1], configs[2]
     times = iter(range(1000))
 
@@ -508,24 +508,24 @@ def test_tune_takes_the_fastest_right_candidate(monkeypatch: pytest.MonkeyPatch)
 
     current: list[Any] = []
     kernel = next(k for k in kernels.our_kernels() if isinstance(k, kernels.OurKernel))
-    measured = [c for c in tune.configurations(kernel, 16, 256, 256) if c not in (wrong, broken)]
+    measured = [c for c in tune.configurations(kernel, 64, 256, 256) if c not in (wrong, broken)]
     position = measured.index(best)
     monkeypatch.setattr(kernels.OurKernel, "compiled", compiled)
     monkeypatch.setattr(kernels.OurKernel, "weight", lambda self, weights, i: weights.quantized(i)[0])
     lines: list[str] = []
     saved: list[Table] = []
     table = tune.run(
-        Table("x"), [kernel], [(256, 256)], [16], save=saved.append, progress=lines.append, measure=measure
+        Table("x"), [kernel], [(256, 256)], [64], save=saved.append, progress=lines.append, measure=measure
     )
     (entry,) = table.entries.values()
-    assert entry.key == ("sign_magnitude", 256, 256, 16)
+    assert entry.key == ("sign_magnitude", 256, 256, 64)
     assert entry.config == best
     assert entry.more["us"] == 5
     assert saved[-1].entries == table.entries
     assert any("relative error" in text for text in lines)
     assert any("does not fit" in text for text in lines)
     count = len(current)
-    assert tune.run(table, [kernel], [(256, 256)], [16], resume=True, measure=measure) is table
+    assert tune.run(table, [kernel], [(256, 256)], [64], resume=True, measure=measure) is table
     assert len(current) == count
 
 

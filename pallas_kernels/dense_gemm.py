@@ -179,7 +179,8 @@ def dense_gemm(
 
         def coordinates(tile: Any) -> tuple[Any, Any]:
             """First row block of the tile, and its first token."""
-            n_tile, m_tile = plgpu.planar_snake(tile, (n_tiles, m_tiles), 1, 8) if m_tiles > 1 else (tile, 0)
+            # The token is never a Python number: slices beyond M are meant, and would be refused.
+            n_tile, m_tile = plgpu.planar_snake(tile, (n_tiles, m_tiles), 1, 8) if m_tiles > 1 else (tile, 0 * tile)
             return (n_tile * config.cluster + rank) * blocks, m_tile * config.tile_tokens
 
         @pl.when(warpgroup < config.warpgroups)

@@ -78,27 +78,36 @@ def force_config(config: TuningConfig | None) -> Iterator[None]:
 def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
     """A configuration for M tokens and a weight [N, K], N a multiple of 128, that no table knows.
 
-    From measurements of "lut" numerics on one H200: with few tokens, small tiles in a deep pipeline, of 256 rows where
-    N has enough of them; with many, the largest tiles. Blocks share tiles where the estimated gain exceeds the cost of
-    adding up. For "exact" numerics and W4A16 nothing was measured.
+    From measurements of "lut" numerics on H200s: with few tokens, small tiles in a deep pipeline, of 256 rows where
+    the weight is large; with many, large tiles, those that a rough model finds quickest. Blocks share tiles where the
+    estimated gain exceeds the cost. The tiles of "exact" numerics and of W4A16 were not tuned.
     """
     if form == "bf16":
         return _heuristic_bf16(m, n, k)
-    wide = n % 256 == 0
     # "exact" numerics have two accumulators for each row block: larger tiles do not fit registers or the budget.
     most = {"subnormal": 64, "subnormal_8": 32}.get(form, 128)
-    if m <= 128 or most < 128:
-        tokens = next(t for t in sorted({8, 16, 32, 64, most}) if m <= t or t == most)
-        if wide and (n >= (8192 if m <= 16 else 12288) or m > 128):
-            config = TuningConfig(tokens, 2, 2, 8 if tokens <= 32 else 6 if tokens <= 64 else 4)
-        else:
-            stages = 16 if tokens <= 16 else 12 if tokens <= 32 else 10 if tokens <= 64 else 6
-            config = TuningConfig(tokens, 2, 1, stages)
-    elif wide:
-        config = TuningConfig(160, 2, 2, 3) if m >= 2048 else TuningConfig(128, 2, 2, 4)
+    if m > most == 128:
+        return _heuristic_many(m, n, k)
+    tokens = next(t for t in sorted({8, 16, 32, 64, most}) if m <= t or t == most)
+    large = n * k > 4e7 if m <= 16 else n >= 12288 or m > 128
+    if n % 256 == 0 and large:
+        config = TuningConfig(tokens, 2, 2, 8 if tokens <= 32 else 6 if tokens <= 64 else 4)
     else:
-        config = TuningConfig(128, 2, 1, 6)
-    return dataclasses.replace(config, stream_k=_sharing_pays(config, m, n, k))
+        config = TuningConfig(tokens, 2, 1, 16 if tokens <= 16 else 12 if tokens <= 32 else 8 if tokens <= 64 else 6)
+    return _share(config, m, n, k, 1.4e9)[1]
+
+
+def _heuristic_many(m: int, n: int, k: int) -> TuningConfig:
+    """For W4A8, "lut", more than 128 tokens. The rates are fractions of the largest tile's."""
+    options = [(TuningConfig(128, 2, 1, 6), 0.73)]
+    if n % 256 == 0:
+        options += [(TuningConfig(128, 2, 2, 4), 0.88)]
+    if k % 256 == 0:
+        options += [(TuningConfig(192, 1, 2, 4), 0.93), (TuningConfig(256, 1, 2, 4), 1.0)]
+    _, config = min((_share(config, m, n, k, 1.5e9 * rate) for config, rate in options), key=lambda x: x[0])
+    # Where tokens are read again and again from the cache, two blocks share them.
+    together = config.row_blocks == 1 and config.stream_k and min(n, k) >= 12288 and n % 256 == 0
+    return dataclasses.replace(config, cluster=2) if together else config
 
 
 def _heuristic_bf16(m: int, n: int, k: int) -> TuningConfig:
@@ -108,16 +117,23 @@ def _heuristic_bf16(m: int, n: int, k: int) -> TuningConfig:
         config = TuningConfig(tokens, 2, 2, {8: 8, 16: 8, 32: 8, 64: 4, 128: 3}[tokens])
     else:
         config = TuningConfig(tokens, 2, 1, {8: 16, 16: 16, 32: 8, 64: 8, 128: 4}[tokens])
-    return dataclasses.replace(config, stream_k=_sharing_pays(config, m, n, k, 0.7e9))
+    return _share(config, m, n, k, 0.7e9)[1]
 
 
-def _sharing_pays(config: TuningConfig, m: int, n: int, k: int, products: float = 1.4e9) -> bool:
-    """Whether dividing the last tiles gains more than it costs, by rough rates of an H200, in microseconds."""
+def _share(config: TuningConfig, m: int, n: int, k: int, products: float) -> tuple[float, TuningConfig]:
+    """Estimated microseconds, and the configuration with `stream_k` if dividing the last tiles pays.
+
+    By rough rates of an H200: `products` are floating point operations in a microsecond; sums of tiles go to memory
+    and back; blocks that are at different K steps find less of the operands in the cache.
+    """
     m_tiles, filled = -(-m // config.tile_tokens), _filled(config, m, n)
     tiles = n // config.tile_rows * m_tiles
     busy = max(n * k / 2 / 4e6, 2 * m_tiles * config.tile_tokens * n * k / products)
-    partials = 2 * 4 * min(config.ctas, tiles) * config.tile_rows * config.tile_tokens
-    return busy / filled - busy > 2 + partials / 5e6
+    partials = 2 * 4 * config.ctas * config.tile_rows * config.tile_tokens
+    tail = min(1, (config.ctas + tiles % config.ctas) / tiles)
+    cost = 2 + partials / 3.3e6 + 0.05 * tail * busy
+    shared = busy / filled - busy > cost
+    return busy + cost if shared else busy / filled, dataclasses.replace(config, stream_k=shared)
 
 
 # (tokens, row blocks, warpgroups) of tiles worth trying; all compile without spills.

@@ -30,7 +30,7 @@ def write(path: Path, *entries: Any, device: str = "NVIDIA H200") -> Path:
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    return write(tmp_path / "table.json", entry(16, A, us=23.5), entry(64, B), entry(2048, C))
+    return write(tmp_path / "table.json", entry(16, A, us=23.5), entry(64, B), entry(4096, C))
 
 
 @pytest.mark.parametrize(
@@ -39,13 +39,14 @@ def table(tmp_path: Path) -> Path:
         (16, A),
         (9, A),
         (1, A),  # few tokens count as 8: 16 is within reach
-        (17, B),
+        (17, None),  # 64 is more than twice as many
+        (32, B),
         (64, B),
-        (65, None),  # 2048 is more than 4 times as many
-        (511, None),
-        (512, C),
-        (2048, C),
-        (100_000, C),  # beyond all, and 2048 is many
+        (65, None),
+        (3071, None),  # 4096 is more than 4/3 of it
+        (3072, C),
+        (4096, C),
+        (100_000, C),  # beyond all, and 4096 is many
     ],
 )
 def test_buckets(table: Path, m: int, config: TuningConfig | None) -> None:
@@ -100,7 +101,7 @@ def test_precedence(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert chosen() == B
     monkeypatch.setenv("W4A8JAX_TUNED", str(table))
     assert chosen() == A
-    assert chosen(4096) == C  # the user's table reaches no further than its 2048, which is many
+    assert chosen(4096) == C  # the user's table reaches no further than its 4096, which is many
     assert chosen(256) == tuning.heuristic(256, N, K, FORM)
     with force_config(C):
         assert chosen() == C
@@ -185,7 +186,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path, text: str, message: str) ->
         (entry(16, A, config={"tile_tokens": 12}), "tile_tokens must be a multiple of 8"),
         (entry(16, A, config={"tile_tokens": 128, "stages": 40}), "bytes of shared memory"),
         (entry(16, A, config={"tile_tokens": 16, "warpgroups": 3}), "384 rows"),
-        (entry(2048, C, form="bf16"), "bytes of shared memory"),  # fits FP8 tokens only
+        (entry(4096, C, form="bf16"), "bytes of shared memory"),  # fits FP8 tokens only
     ],
 )
 def test_a_wrong_entry_is_named(table: Path, bad: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,8 +134,9 @@ def dense_gemm(
         raise W4A8Error(f"kernel: x {x.dtype} and its scales do not fit weights in form {w.form}")
     config.check(n, k, w.form)
     stages, blocks = config.stages, config.row_blocks * config.warpgroups
-    # Steps between a copy and the use of its scales. With one more, what frees a slot would wait for that slot.
-    lag = stages - 2
+    # Steps between a copy and the making of its tables: so many are in flight. With stages - 1, what frees a slot would
+    # wait for that slot; with fewer, tables are ready some steps before they are needed.
+    lag = min(stages - 2, stages - min(4, (stages + 1) // 2))
     n_tiles, m_tiles = n // config.tile_rows // config.cluster, pl.cdiv(m, config.tile_tokens)
     at_once = config.steps_at_once
     schedule = Schedule(n_tiles * m_tiles, k // TILE_COLUMNS // at_once, config.ctas // config.cluster, config.stream_k)

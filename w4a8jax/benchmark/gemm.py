@@ -50,7 +50,7 @@ def describe_run(command: str) -> dict[str, Any]:
     """Date, device, versions and the command, as a record has them, without the copy rate."""
     device = jax.devices()[0]
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": _now(),
         "device": device.device_kind,
         "driver": _driver(),
         "platform": " ".join(device.client.platform_version.split()),
@@ -119,6 +119,7 @@ class Shape:
     def row(self, kernel: Kernel, m: int) -> dict[str, Any]:
         """Checks and times a kernel with M tokens; a row of the record."""
         row: dict[str, Any] = {"K": self.k, "N": self.n, "M": m, "kernel": kernel.name}
+        row["date"] = _now()
         row["config"] = kernel.config(m, self.n, self.k)
         row["operand_bytes"] = floor.operand_bytes(m, self.n, self.k, kernel.weight_bytes, kernel.input_bytes)
         try:
@@ -231,6 +232,10 @@ def kernels_for(vllm: str | Path | None) -> list[Kernel]:
     if vllm is not None:
         found += peers.vllm_kernels(vllm)
     return found
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _version(package: str) -> str | None:

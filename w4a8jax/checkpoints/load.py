@@ -27,7 +27,7 @@ def load(
     numerics: Numerics | None = None,
     dtype: str = "bfloat16",
     max_context: int | None = None,
-    kernels: bool = False,
+    kernels: bool = True,
 ) -> LanguageModel:
     """Loads a Hugging Face checkpoint, quantized or not, onto the default device, a module at a time.
 
@@ -39,7 +39,7 @@ def load(
         dtype: of activations and unquantized parameters: "bfloat16", "float16" or "float32". Quantized layers round
             activations to FP8 (w4a8) or bf16 (w4a16) whatever it is.
         max_context: the longest prompt and continuation together, in tokens; by default what the model allows.
-        kernels: run on this device's kernels where it has any (see `w4a8jax.backend`); early, hence not the default.
+        kernels: run on this device's kernels where it has any (see `w4a8jax.backend`); False: the reference in jnp.
 
     Returns:
         The model; its tokenizer is None if the checkpoint has none.

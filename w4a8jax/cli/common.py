@@ -38,7 +38,7 @@ KernelsOption = Annotated[
     bool,
     typer.Option(
         "--kernels/--no-kernels",
-        help="Run on the kernels for Hopper GPUs, where there is one; early, hence not the default.",
+        help="Run on the kernels for Hopper GPUs, where there is one, or on the reference in jnp.",
     ),
 ]
 DTypeOption = Annotated[DType, typer.Option("--dtype", help="Of activations and of weights that are not quantized.")]
@@ -56,7 +56,7 @@ def load_model(
     numerics: Numerics | None,
     dtype: DType = "bfloat16",
     max_context: int | None = None,
-    kernels: bool = False,
+    kernels: bool = True,
 ) -> LanguageModel:
     """Loads a model, saying so on a terminal's stderr."""
     import w4a8jax

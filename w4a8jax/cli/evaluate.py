@@ -36,7 +36,7 @@ def command(
     ] = None,
     scheme: SchemeOption = None,
     numerics: NumericsOption = None,
-    kernels: KernelsOption = False,
+    kernels: KernelsOption = True,
     dtype: DTypeOption = "bfloat16",
     context: ContextOption = None,
     stride: Annotated[

@@ -60,7 +60,7 @@ def command(
     ] = None,
     scheme: SchemeOption = None,
     numerics: NumericsOption = None,
-    kernels: KernelsOption = False,
+    kernels: KernelsOption = True,
     dtype: DTypeOption = "bfloat16",
     max_context: Annotated[
         int | None,

@@ -55,12 +55,15 @@ def test_reference_model_generates_the_same(tmp_path: Path, scheme: Scheme) -> N
 
 
 def assert_tie(models: Any, ids: list[int], a: int, b: int) -> None:
-    """After these tokens, a and b are the reference's best two, too near to each other for bf16 to tell apart."""
+    """After these tokens, a and b are the reference's best two, nearer to each other than the kernel is to it.
+
+    Where bf16 rounds differently, an activation's FP8 code may change, by a sixteenth of its value: logits of two
+    implementations that are equally exact differ by about a hundredth of the largest.
+    """
     kernel, reference = (np.asarray(models[kernels].logits(ids)[-1], np.float64) for kernels in (True, False))
+    difference, largest = np.abs(kernel - reference).max(), np.abs(reference).max()
     print(
-        f"tie after {len(ids)} tokens: {reference[[a, b]]} by the reference, {kernel[[a, b]]} by the kernel, "
-        f"largest difference {np.abs(kernel - reference).max():.4f} of {np.abs(reference).max():.2f}"
+        f"after {len(ids)} tokens {a} has {reference[a]:.4f}, {b} {reference[b]:.4f}; the kernel is off {difference:.4f}"
     )
     assert set(np.argsort(reference)[-2:].tolist()) == {a, b}
-    # bf16 has 8 bits.
-    assert abs(reference[a] - reference[b]) <= 2**-8 * np.abs(reference).max()
+    assert abs(reference[a] - reference[b]) <= 2 * difference <= 2**-5 * largest

@@ -225,7 +225,7 @@ def kernels_for(vllm: str | Path | None) -> list[Kernel]:
     """
     from . import kernels, peers, triton_peer
 
-    found = [*our_kernels(), *kernels.jax_kernels()]
+    found = [*our_kernels(), *kernels.our_ops(), *kernels.jax_kernels()]
     if peers.torch_available():
         found += peers.torch_kernels()
     found += triton_peer.triton_kernels()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import tuning
+from pallas_kernels import tuning, w4a8_matmul
 from pallas_kernels.dense_gemm import TuningConfig, dense_gemm
 from pallas_kernels.errors import W4A8Error
 from pallas_kernels.fragments import FragmentWeight, Scheme
@@ -123,6 +123,26 @@ class OurKernel(Kernel):
         return jax.jit(product).lower(inputs, self._abstract_weight(n, k)).compile()
 
 
+@dataclasses.dataclass(frozen=True)
+class OurOp(OurKernel):
+    """`w4a8_matmul` with what comes before the kernel: bf16 activations are quantized, by XLA or by one kernel."""
+
+    one_kernel: bool = False
+
+    def compiled(self, m: int, n: int, k: int, config: TuningConfig) -> Callable[[Any, Any], Any]:
+        """The product in a configuration."""
+
+        def product(x: Any, w: FragmentWeight) -> Any:
+            if not self.one_kernel:
+                with tuning.force_config(config):
+                    return w4a8_matmul(x, w)
+            x8, token_scale = quantize_tokens(x, -(-m // 8) * 8 if m > 8 else m)
+            return dense_gemm(x8, token_scale, w, config)[:m]
+
+        x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+        return jax.jit(product).lower(x, self._abstract_weight(n, k)).compile()
+
+
 class JaxDot(Kernel):
     """`jax.lax.dot_general` without scales, which XLA gives to cuBLAS."""
 
@@ -149,6 +169,12 @@ def our_kernels() -> list[Kernel]:
     # What is expected has weights that are not rounded to bf16: that is 1.7e-3 at most, as is the result's rounding.
     w4a16 = OurKernel("w4a16 -8..7", "w4a16", 0.5 + 2 / 128, 2, -8, 4e-3, "exact")
     return [*lut, *exact, w4a16]
+
+
+def our_ops() -> list[Kernel]:
+    """Our op from bf16 activations on."""
+    names = ("w4a8 op, quantization by XLA", "w4a8 op, quantization in one kernel")
+    return [OurOp(name, "w4a8", 0.5 + 1 / 128, 2, -7, 5.5e-3, one_kernel=bool(i)) for i, name in enumerate(names)]
 
 
 def jax_kernels() -> list[Kernel]:

@@ -23,11 +23,11 @@ class Record:
 
     Attributes:
         about: date, device, versions, command, copy_TB_s: bytes read and written in a copy, TB/s.
-        rows: one for each kernel at each point, with K, N, M, kernel, date, config. A measured one has us (median), us_min,
-            us_quartiles, launches, kernels (names of what ran), error (relative, from float64 of the same operands),
-            same_twice (the same bits in two runs), operand_bytes; and, once `derive` has run, tflops, gbps (of the
-            kernel's own operands), floor_us and fraction_of_floor (the W4A8 floor's). One that failed has failed, a
-            message.
+        rows: one for each kernel at each point, with K, N, M, kernel, date, config. A measured one has us (median),
+            us_min, us_quartiles, launches, kernels (names of what ran), error (relative, from float64 of the same
+            operands), same_twice (the same bits in two runs), operand_bytes; and, once `derive` has run, tflops, gbps
+            (of the kernel's own operands), floor_us and fraction_of_floor (the W4A8 floor's). One that failed has
+            failed, a message.
     """
 
     about: dict[str, Any]

@@ -1,0 +1,112 @@
+"""Activation quantization as one kernel for Hopper: `activations.quantize_activations`, and padding to whole tiles.
+
+A block of one warpgroup takes a token: it finds the largest value, then reads the token again, from the cache, and
+divides. XLA makes two to four kernels of this, more where tokens are padded.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
+from jaxtyping import Array, Float
+
+from .activations import MIN_SCALE
+from .rounding import E4M3_MAX
+
+_THREADS = 128
+_MOST = 32  # elements that a thread holds at a time
+# Rounded to nearest. The compiler's own division is off by up to two units in the last place.
+_DIVIDE = "div.rn.f32 $0, $1, $2;"
+# The same, given the divisor's inverse, rounded to nearest: Markstein, "Computation of elementary functions on the IBM
+# RISC System/6000 processor", 1990. Not for divisors whose mantissa is all ones, which no scale of 16-bit numbers is.
+_DIVIDE_BY_INVERSE = """{ .reg .f32 quotient, negative, rest;
+        mul.rn.f32 quotient, $1, $3;
+        neg.f32 negative, quotient;
+        fma.rn.f32 rest, negative, $2, $1;
+        fma.rn.f32 $0, rest, $3, quotient; }"""
+_ONE_EACH = plgpu.Layout.WG_STRIDED((_THREADS,), vec_size=1)
+
+
+def quantize_tokens(x: Float[Array, "M K"], rows: int) -> tuple[Float[Array, "rows K"], Float[Array, "rows 1"]]:
+    """`quantize_activations`, the same bits, with the last token repeated up to a number of rows.
+
+    Args:
+        x: [M, K], bf16, fp16 or fp32; K a multiple of 128.
+        rows: of the result, at least M.
+
+    Returns:
+        x8: `float8_e4m3fn` [rows, K].
+        token_scale: fp32 [rows, 1].
+    """
+    m, k = x.shape
+    columns = _THREADS * max(c for c in range(1, _MOST + 1) if k // _THREADS % c == 0)
+    layout = plgpu.Layout.WG_STRIDED((columns,), vec_size=math.gcd(columns // _THREADS, 16 // x.dtype.itemsize))
+
+    def body(x_gmem: Any, x8_gmem: Any, scale_gmem: Any) -> None:
+        row = lax.axis_index("row")
+        token = jnp.minimum(row, m - 1)
+
+        def part(i: Any) -> Array:
+            values = plgpu.load(x_gmem.at[token, pl.ds(i * columns, columns)], layout=layout, optimized=False)
+            return values.astype(jnp.float32)
+
+        def largest(i: Any, so_far: Array) -> Array:
+            values = part(i)
+            return jnp.maximum(so_far, jnp.maximum(values, -values))
+
+        def everywhere(scalar: Any, size: int = columns, layout: Any = layout) -> Array:
+            return plgpu.layout_cast(lax.broadcast_in_dim(scalar, (size,), ()), layout)
+
+        most = jnp.max(lax.fori_loop(0, k // columns, largest, everywhere(jnp.float32(0))))
+        most, limit = (everywhere(v, _THREADS, _ONE_EACH) for v in (most, jnp.float32(E4M3_MAX)))
+        scale = jnp.max(jnp.maximum(_with_threads(_DIVIDE, [most, limit], _ONE_EACH), MIN_SCALE))
+        scale_gmem[row] = scale
+        one, divisor = (everywhere(v, _THREADS, _ONE_EACH) for v in (jnp.float32(1), scale))
+        inverse = everywhere(jnp.max(_with_threads(_DIVIDE, [one, divisor], _ONE_EACH)))
+        divisor = everywhere(scale)
+
+        @pl.loop(0, k // columns)
+        def _(i: Array) -> None:
+            short = x.dtype.itemsize == 2
+            text, operands = (_DIVIDE_BY_INVERSE, [divisor, inverse]) if short else (_DIVIDE, [divisor])
+            quotients = _with_threads(text, [part(i), *operands], layout)
+            x8_gmem[row, pl.ds(i * columns, columns)] = quotients.astype(jnp.float8_e4m3fn)
+
+    x8, scale = plgpu.kernel(
+        body,
+        out_type=(jax.ShapeDtypeStruct((rows, k), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((rows,), jnp.float32)),
+        grid=(rows,),
+        grid_names=("row",),
+    )(x)
+    return x8, scale[:, None]
+
+
+def _with_threads(text: str, arrays: list[Array], layout: Any) -> Array:
+    """PTX on each element of fp32 arrays in a layout: $0 the result, $1 and so on the arrays'."""
+
+    @plgpu.inline_mgpu(
+        arg_types=([layout] * len(arrays),),
+        return_type=plgpu.ShapeDtypeStruct(arrays[0].shape, jnp.float32, layout=layout),
+    )
+    def body(_: Any, arrays: Any) -> Any:
+        constraints = ",".join(["=f"] + ["f"] * len(arrays))
+
+        def each(*vectors: Any) -> Any:
+            elements = [[vector.extract(v, [], [i]) for v in vectors] for i in range(vectors[0].type.shape[0])]
+            results = [llvm.inline_asm(ir.F32Type.get(), x, text, constraints) for x in elements]
+            return vector.from_elements(vectors[0].type, results)
+
+        registers = np.empty(arrays[0].registers.shape, dtype=object)
+        for index in np.ndindex(registers.shape):
+            registers[index] = each(*(array.registers[index] for array in arrays))
+        return mgpu.FragmentedArray(_registers=registers, _layout=arrays[0].layout, _is_signed=None)
+
+    return body(arrays)

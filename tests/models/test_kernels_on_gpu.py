@@ -63,7 +63,7 @@ def assert_tie(models: Any, ids: list[int], a: int, b: int) -> None:
     kernel, reference = (np.asarray(models[kernels].logits(ids)[-1], np.float64) for kernels in (True, False))
     difference, largest = np.abs(kernel - reference).max(), np.abs(reference).max()
     print(
-        f"after {len(ids)} tokens {a} has {reference[a]:.4f}, {b} {reference[b]:.4f}; the kernel is off {difference:.4f}"
+        f"after {len(ids)} tokens: {a} {reference[a]:.4f}, {b} {reference[b]:.4f}; the kernel is off {difference:.4f}"
     )
     assert set(np.argsort(reference)[-2:].tolist()) == {a, b}
     assert abs(reference[a] - reference[b]) <= 2 * difference <= 2**-5 * largest

@@ -145,14 +145,14 @@ _PREFILL_TILES_BF16 = ((96, 2, 2), (128, 2, 1), (128, 2, 2), (160, 2, 1), (192, 
 def candidates(m: int, n: int, k: int, form: str) -> list[TuningConfig]:
     """Configurations worth measuring for M tokens and a weight [N, K] in a form: all that fit, none twice.
 
-    With few tokens, tiles that hold them all or half of them, 1 or 2 compute warpgroups, and two depths of the
+    With few tokens, tiles that hold them all or half of them, 1 to 3 compute warpgroups, and two depths of the
     pipeline; with many, the largest tiles. Blocks share tiles, or not, where that may pay.
     """
     tiles: list[tuple[int, int, int]] = []
     if m <= 128:
         least = next((t for t in _DECODE_TOKENS if m <= t), _DECODE_TOKENS[-1])
         tokens = {least, least // 2} if m > 16 else {least}
-        tiles += [(t, 2, warpgroups) for t in sorted(tokens) for warpgroups in (1, 2)]
+        tiles += [(t, 2, warpgroups) for t in sorted(tokens) for warpgroups in (1, 2, 3)]
     if m > 64:
         # Of the tokens of the tiles, a fifth may be beyond M; (128, 2, 1) takes every N.
         large = _PREFILL_TILES_BF16 if form == "bf16" else _PREFILL_TILES
@@ -163,7 +163,8 @@ def candidates(m: int, n: int, k: int, form: str) -> list[TuningConfig]:
         for stages in _stages(base, n, k, form):
             filled = _filled(base, m, n)
             for stream_k in (*([False] if filled > 0.55 else []), *([True] if filled < 0.97 else [])):
-                for cluster in (1, 2) if base.tile_tokens == 256 else (1,):
+                # What blocks of a cluster share is the tokens.
+                for cluster in (1, 2) if base.tile_tokens in (64, 256) and base.warpgroups > 1 else (1,):
                     config = dataclasses.replace(base, stages=stages, stream_k=stream_k, cluster=cluster)
                     if not tuning_tables.misfit(config, n, k, form):
                         found[config] = None

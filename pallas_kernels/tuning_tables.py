@@ -54,14 +54,14 @@ class Table:
     def lookup(self, m: int, n: int, k: int, form: str) -> TuningConfig | None:
         """The configuration of the smallest M in the table that is at least m, of the same form, N and K.
 
-        None if that M is more than twice m (m counted as 8 at least), more than 4/3 of m above 64 tokens; or if m is
+        None if that M is twice m or more (m counted as 8 at least), or 4/3 of m or more above 64 tokens; or if m is
         above all in the table and the largest of them is below 4096.
         """
         tuned = sorted(key[3] for key in self.entries if key[:3] == (form, n, k))
         bucket = next((t for t in tuned if t >= m), None)
         if bucket is None:
             bucket = tuned[-1] if tuned and tuned[-1] >= _MANY else None
-        elif bucket > next(reach for most, reach in _REACH.items() if bucket <= most) * max(m, 8):
+        elif bucket >= next(reach for most, reach in _REACH.items() if bucket <= most) * max(m, 8):
             bucket = None
         return None if bucket is None else self.entries[form, n, k, bucket].config
 

@@ -38,13 +38,14 @@ def table(tmp_path: Path) -> Path:
     [
         (16, A),
         (9, A),
-        (1, A),  # few tokens count as 8: 16 is within reach
-        (17, None),  # 64 is more than twice as many
-        (32, B),
+        (1, None),  # few tokens count as 8, of which 16 is twice
+        (17, None),
+        (32, None),
+        (33, B),
         (64, B),
         (65, None),
-        (3071, None),  # 4096 is more than 4/3 of it
-        (3072, C),
+        (3072, None),  # 4096 is 4/3 of it
+        (3073, C),
         (4096, C),
         (100_000, C),  # beyond all, and 4096 is many
     ],

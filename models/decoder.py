@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from .config import DecoderConfig
@@ -63,6 +64,7 @@ class Decoder(nnx.Module):
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.cache_sharding: NamedSharding | None = None  # see `models.sharding`
         init = jax.nn.initializers.normal(0.02)
         self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.hidden_size), param_dtype))
         self.layers = nnx.List([Block(config, i, param_dtype=param_dtype, rngs=rngs) for i in range(config.num_layers)])

@@ -183,7 +183,8 @@ class Run:
         structure, leaves = split(self._generator.decoder)
         config, most = self._generator.decoder.config, self._generator.steps_per_dispatch
         batch = len(self._prompts)
-        cache = _create_cache(config, batch, self._slots, self._generator.decoder.dtype)
+        decoder = self._generator.decoder
+        cache = _create_cache(config, batch, self._slots, decoder.dtype, decoder.cache_sharding)
         cache, compile_seconds = self._compile(structure, leaves, cache)
 
         began = time.perf_counter()
@@ -288,9 +289,11 @@ def _stop_array(stop_tokens: Sequence[int] | Sequence[Sequence[int]], batch: int
     return np.array([[*ids, *[-1] * (width - len(ids))] for ids in rows], np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _create_cache(config: DecoderConfig, batch: int, slots: int, dtype: np.dtype) -> KVCache:
-    return KVCache.create(config, batch, slots, dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _create_cache(
+    config: DecoderConfig, batch: int, slots: int, dtype: np.dtype, sharding: jax.sharding.Sharding | None
+) -> KVCache:
+    return KVCache.create(config, batch, slots, dtype, sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "fresh"), donate_argnames=("cache", "last"))

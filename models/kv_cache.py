@@ -61,12 +61,19 @@ class KVCache:
     length: Int[Array, "B"]
 
     @classmethod
-    def create(cls, config: DecoderConfig, batch: int, max_length: int, dtype: Any = jnp.bfloat16) -> Self:
-        """An empty cache for `batch` sequences of at most `max_length` tokens."""
+    def create(
+        cls,
+        config: DecoderConfig,
+        batch: int,
+        max_length: int,
+        dtype: Any = jnp.bfloat16,
+        sharding: jax.sharding.Sharding | None = None,
+    ) -> Self:
+        """An empty cache for `batch` sequences of at most `max_length` tokens; `sharding` is of keys and values."""
 
         def layer(index: int) -> LayerCache:
             slots = min(max_length, config.window(index) or max_length)
             shape = (batch, slots, config.num_kv_heads, config.head_dim)
-            return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+            return LayerCache(*(jnp.zeros(shape, dtype, device=sharding) for _ in range(2)))
 
         return cls(tuple(layer(i) for i in range(config.num_layers)), jnp.zeros((batch,), jnp.int32))

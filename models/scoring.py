@@ -84,7 +84,7 @@ def _prepare(
     slots = bucket(max(len(s) for s in sequences), config.max_context)
     width = min(chunk_size(config, batch, slots, most), slots)
     structure, leaves = split(decoder)
-    cache = KVCache.create(config, batch, slots, decoder.dtype) if slots > width else None
+    cache = KVCache.create(config, batch, slots, decoder.dtype, decoder.cache_sharding) if slots > width else None
     return structure, leaves, cache, width
 
 

@@ -19,6 +19,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, layer: int, *, param_dtype: Any, rngs: nnx.Rngs):
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.shards = 1  # pieces of the fused projection, see `models.sharding`
         self.window = config.window(layer)
         self.rope = config.rope if config.uses_rope(layer) else None
         outputs = (self.heads + 2 * self.kv_heads) * self.head_dim
@@ -55,8 +56,10 @@ class Attention(nnx.Module):
             [B, T, hidden] and the cache with the new tokens.
         """
         batch, steps, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, steps, -1, self.head_dim)
-        q, k, v = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
+        heads, kv_heads = self.heads // self.shards, self.kv_heads // self.shards
+        qkv = self.qkv(x).reshape(batch, steps, self.shards, -1, self.head_dim)
+        parts = jnp.split(qkv, [heads, heads + kv_heads], axis=3)
+        q, k, v = (part.reshape(batch, steps, -1, self.head_dim) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -15,8 +14,10 @@ class MLP(nnx.Module):
 
     def __init__(self, hidden: int, intermediate: int, *, use_bias: bool, param_dtype: Any, rngs: nnx.Rngs):
         self.gate_up = Linear(hidden, 2 * intermediate, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
+        self.shards = 1  # pieces of the fused projection, see `models.sharding`
         self.down = Linear(intermediate, hidden, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        pieces = self.gate_up(x).reshape(*x.shape[:-1], self.shards, 2, -1)
+        gate, up = (pieces[..., i, :].reshape(*x.shape[:-1], -1) for i in range(2))
         return self.down(jax.nn.silu(gate) * up)

@@ -111,8 +111,8 @@ class Sharding:
                 of = f"{k // value.group_size} groups of {value.group_size}"
                 raise W4A8Error(f"{where}: {of} cannot be divided among {self.shards(axes[1])} devices")
             parts = value.packed, value.group_scale, value.channel_scale
-            placed = [self._put(part, axes[: part.ndim], order) for part in parts]
-            parameter.set_value(W4Weight(*placed, value.numerics, value.code_min))
+            packed, group_scale, channel_scale = (self._put(part, axes[: part.ndim], order) for part in parts)
+            parameter.set_value(W4Weight(packed, group_scale, channel_scale, value.numerics, value.code_min))
         else:
             parameter.set_value(self._put(value, axes, order))
 

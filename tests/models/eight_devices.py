@@ -46,8 +46,10 @@ def logits(decoder: Decoder) -> np.ndarray:
     return np.concatenate([np.asarray(piece) for _, piece in chunked_logits(decoder, tokens, chunk=16)], axis=1)
 
 
-@pytest.mark.parametrize(("shards", "quantized"), [(2, False), (4, False), (2, True)])
-@pytest.mark.parametrize("family", ["cohere2", "llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "shards", "quantized"),
+    [("cohere2", 4, False), ("llama", 2, False), ("qwen3", 4, False), ("cohere2", 2, True), ("llama", 2, True)],
+)
 def test_logits_and_tokens_are_those_of_one_device(family: str, shards: int, quantized: bool) -> None:
     one, many = make(family, quantized=quantized), make(family, quantized=quantized)
     Sharding(mesh(shards), many.config).apply(many)
@@ -55,7 +57,7 @@ def test_logits_and_tokens_are_those_of_one_device(family: str, shards: int, qua
     # A quantized activation near a tie may round the other way, where sums differ in their last bit.
     limit = 2e-3 if quantized else 2e-6
     assert np.linalg.norm(found - expected) < limit * np.linalg.norm(expected)
-    if shards == 4:
+    if family == "cohere2" and not quantized:
         prompts = [[1, 5, 7, 9], [3] * 20]
         runs = [Generator(decoder).generate(prompts, max_new_tokens=16)[0] for decoder in (one, many)]
         assert [r.tokens for r in runs[0]] == [r.tokens for r in runs[1]]

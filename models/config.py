@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, Literal
 
+from pallas_kernels.moe import Selection
+
 LayerType = Literal["full", "sliding"]
 
 
@@ -25,21 +27,48 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts in place of the MLP.
+
+    Attributes:
+        num_experts: E; top_k: experts that each token is sent to, at most E.
+        intermediate_size: of one expert.
+        sparse_layers: for each layer, whether it has experts; the others keep a dense MLP.
+        selection: what turns router logits into weights, a softmax over all experts or a sigmoid of each.
+        normalize: the weights of the chosen experts are divided by their sum.
+        shared_intermediate_size: of the MLP that every token passes beside its experts; 0 if there is none.
+        shared_combination: the result is "sum", routed + shared, or "average", half of that.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    sparse_layers: tuple[bool, ...]
+    selection: Selection = "softmax"
+    normalize: bool = True
+    shared_intermediate_size: int = 0
+    shared_combination: Literal["sum", "average"] = "sum"
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """A decoder-only transformer. Hashable, so that it can be a static argument of jit.
 
     Attributes:
-        vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim: dimensions.
+        vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim: dimensions;
+            intermediate_size is that of layers without experts.
         max_context: the longest sequence, prompt and continuation together, in tokens.
         layer_types: for each layer, attention to all earlier tokens ("full") or to the last `sliding_window`.
         sliding_window: tokens that a "sliding" layer attends to, the current one included; None if there is none.
-        rope: rotary embedding; rope_on_full: whether "full" layers use it too.
+        rope: rotary embedding; rope_on_full: whether "full" layers use it too; rope_on_dense: whether those of them do
+            that have no experts.
         norm: "rmsnorm", or "layernorm" without bias; norm_eps its epsilon.
         parallel_block: attention and MLP read the same norm and are added together, rather than in sequence.
         qk_norm: RMSNorm over each head's queries and keys.
         attention_bias: bias of q, k, v; output_bias: of o; mlp_bias: of gate, up, down.
         tie_embeddings: the output projection is the embedding.
         logit_scale: factor on the logits.
+        moe: experts; None if no layer has any.
         bos_token_id, eos_token_ids, pad_token_id: from the checkpoint's config.
     """
 
@@ -55,6 +84,7 @@ class DecoderConfig:
     sliding_window: int | None = None
     rope: RopeConfig = RopeConfig()
     rope_on_full: bool = True
+    rope_on_dense: bool = False
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-5
     parallel_block: bool = False
@@ -64,6 +94,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = False
     logit_scale: float = 1.0
+    moe: MoEConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -74,4 +105,9 @@ class DecoderConfig:
 
     def uses_rope(self, layer: int) -> bool:
         """Whether a layer rotates its queries and keys."""
-        return self.rope_on_full or self.layer_types[layer] == "sliding"
+        forced = self.rope_on_full or (self.rope_on_dense and self.experts(layer) is None)
+        return forced or self.layer_types[layer] == "sliding"
+
+    def experts(self, layer: int) -> MoEConfig | None:
+        """The experts of a layer, or None if its MLP is dense."""
+        return self.moe if self.moe is not None and self.moe.sparse_layers[layer] else None

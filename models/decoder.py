@@ -13,24 +13,24 @@ from .kv_cache import KVCache, LayerCache
 from .layers.attention import Attention
 from .layers.linear import Linear
 from .layers.mlp import MLP
+from .layers.moe import MoE
 from .layers.norm import LayerNorm, RMSNorm
 from .layers.rope import rope_table
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, in sequence or in parallel, around a residual stream."""
+    """One layer: attention and MLP or experts, in sequence or in parallel, around a residual stream."""
 
     def __init__(self, config: DecoderConfig, layer: int, *, param_dtype: Any, rngs: nnx.Rngs):
         self.input_norm = _norm(config, param_dtype)
         self.attention = Attention(config, layer, param_dtype=param_dtype, rngs=rngs)
         self.mlp_norm = nnx.data(None) if config.parallel_block else _norm(config, param_dtype)
-        self.mlp = MLP(
-            config.hidden_size,
-            config.intermediate_size,
-            use_bias=config.mlp_bias,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        sizes: dict[str, Any] = {"use_bias": config.mlp_bias, "param_dtype": param_dtype, "rngs": rngs}
+        self.mlp: MLP | MoE
+        if (moe := config.experts(layer)) is None:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, **sizes)
+        else:
+            self.mlp = MoE(config.hidden_size, moe, **sizes)
 
     def __call__(
         self,

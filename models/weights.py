@@ -1,7 +1,7 @@
 """Fills a decoder from a Hugging Face checkpoint by its family's name table, and refuses what does not fit."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import jax
@@ -16,7 +16,8 @@ from pallas_kernels.weight_format import CODES_PER_WORD, GROUP_SIZE, Numerics
 from .config import DecoderConfig
 from .decoder import Decoder
 from .families.common import Names
-from .layers.linear import Linear, Scheme
+from .layers.linear import Scheme
+from .parameters import Parameter, abstract_decoder, module_at, parameters
 
 # Derived from the config, a column order that the reader has found trivial, or scales of a quantized key-value cache,
 # which this cache is not.
@@ -51,7 +52,7 @@ def load_decoder(
     numerics: Numerics = "lut",
     kernels: bool = False,
 ) -> Decoder:
-    """Makes a decoder and fills it, one module at a time.
+    """Makes a decoder and fills it, one parameter at a time.
 
     Args:
         config: the decoder.
@@ -64,56 +65,39 @@ def load_decoder(
 
     Raises:
         W4A8Error: a tensor is missing, unknown, or of another shape than the config says; a fused layer is quantized
-            in part; a layer is quantized that cannot be.
+            in part; a layer is quantized that cannot be, such as a router.
     """
-    decoder = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
+    decoder = abstract_decoder(config, dtype)
     reader = _Reader(source, dtype, numerics, prepare_for=scheme if kernels and scheme != "bf16" else None)
-    for path, _ in nnx.to_flat_state(nnx.state(decoder, nnx.Param)):
-        *parents, attribute = path
-        if parents and attribute == "bias":
-            continue  # read with its weight
-        module: Any = decoder
-        for step in parents:
-            module = module[step] if isinstance(step, int) else getattr(module, str(step))
-        where = ".".join(map(str, parents or path))
-        layer = next((str(step) for step in parents if isinstance(step, int)), "")
-        sources = [name.format(i=layer) for name in names[re.sub(r"\d+", "{i}", where)]]
-        if isinstance(module, Linear):
-            _fill_linear(module, sources, _rows(config, where, module), reader, scheme)
-        else:
-            shape = getattr(module, str(attribute)).get_value().shape
-            setattr(module, str(attribute), nnx.Param(reader.floats([f"{sources[0]}.weight"], [shape])))
+    for parameter in parameters(decoder, names):
+        *parents, attribute = parameter.path
+        module = module_at(decoder, tuple(parents))
+        value, quantized = _value(parameter, reader, scheme)
+        if quantized:
+            module.scheme = scheme
+        setattr(module, str(attribute), nnx.Param(value))
     reader.check_all_used(tied=config.tie_embeddings)
     return decoder
 
 
-def _rows(config: DecoderConfig, where: str, module: Linear) -> list[int]:
-    """The rows that each Hugging Face module contributes to one of ours."""
-    if where.endswith("attention.qkv"):
-        return [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-    if where.endswith("gate_up"):
-        return [config.intermediate_size] * 2
-    return [module.weight.get_value().shape[0]]
-
-
-def _fill_linear(
-    module: Linear, sources: Sequence[str], rows: Sequence[int], reader: "_Reader", scheme: Scheme
-) -> None:
-    k = module.weight.get_value().shape[1]
-    quantized = [f"{name}.weight_packed" in reader.tensors for name in sources]
-    if all(quantized):
-        if scheme == "bf16":
-            raise W4A8Error(f"{sources[0]}.weight_packed: found, but config.json has no quantization_config for it")
-        weight: Any = reader.quantized(sources, [(n, k) for n in rows])
-        module.weight = nnx.Param(weight)
-        module.scheme = scheme
-    elif any(quantized):
-        absent = sources[quantized.index(False)]
-        raise W4A8Error(f"{absent}: not quantized, but its siblings are; {', '.join(sources)} are computed as one")
-    else:
-        module.weight = nnx.Param(reader.floats([f"{name}.weight" for name in sources], [(n, k) for n in rows]))
-    if module.bias is not None:
-        module.bias = nnx.Param(reader.floats([f"{name}.bias" for name in sources], [(n,) for n in rows]))
+def _value(parameter: Parameter, reader: "_Reader", scheme: Scheme) -> tuple[Any, bool]:
+    """A parameter from the checkpoint, and whether it is quantized."""
+    modules = [name for stack in parameter.modules for name in stack]
+    packed = [f"{name}.weight_packed" in reader.tensors for name in modules]
+    if parameter.kind == "router":
+        if any(packed):
+            raise W4A8Error(f"{modules[0]}.weight_packed: is a router, which must not be quantized; ignore it")
+        return reader.floats(parameter, jnp.float32), False
+    if parameter.kind not in ("linear", "experts") or not any(packed):
+        return reader.floats(parameter), False
+    if scheme == "bf16":
+        first = modules[packed.index(True)]
+        raise W4A8Error(f"{first}.weight_packed: found, but config.json has no quantization_config for it")
+    for name, found in zip(modules, packed, strict=True):
+        if not found and f"{name}.weight" in reader.tensors:
+            many = f"{len(modules)} matrices" if parameter.kind == "experts" else ", ".join(modules)
+            raise W4A8Error(f"{name}: not quantized, but its siblings are; {many} are computed as one")
+    return reader.quantized(parameter), True
 
 
 class _Reader:
@@ -135,33 +119,62 @@ class _Reader:
         self.used.add(name)
         return self.source.read(name)
 
-    def floats(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Array:
-        parts = [jnp.asarray(self.read(name, shape), self.dtype) for name, shape in zip(names, shapes, strict=True)]
-        return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+    def floats(self, parameter: Parameter, dtype: Any = None) -> Array:
+        dtype = jnp.dtype(dtype or self.dtype)
+        if parameter.kind != "experts":
+            parts = [jnp.asarray(self.read(name, shape), dtype) for name, shape in parameter.tensors()]
+            return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+        # One matrix at a time goes to its place: beside the stack there is never more than one.
+        stack = np.empty(parameter.shape, dtype)
+        rows, start = stack.reshape(-1, parameter.shape[-1]), 0
+        for name, shape in parameter.tensors():
+            rows[start : start + shape[0]] = self.read(name, shape)
+            start += shape[0]
+        return jnp.asarray(stack)
 
-    def quantized(self, modules: Sequence[str], shapes: Sequence[tuple[int, int]]) -> W4Weight | FragmentWeight:
-        packed, scales = [], []
-        for name, (n, k) in zip(modules, shapes, strict=True):
-            packed.append(self.read(f"{name}.weight_packed", (n, k // CODES_PER_WORD)))
-            info = self.tensors.get(f"{name}.weight_scale")
-            groups = info.shape[1:] if info else (k // GROUP_SIZE,)
-            # One scale a channel may come without the axis of groups.
-            scales.append(self.read(f"{name}.weight_scale", (n, *groups)).reshape(n, -1))
-            if f"{name}.weight_shape" in self.tensors:
-                found = self.read(f"{name}.weight_shape", (2,)).tolist()
-                if found != [n, k]:
-                    raise W4A8Error(f"{name}.weight_shape: expected {[n, k]} by config.json, found {found}")
-            if f"{name}.weight_zero_point" in self.tensors:
-                raise W4A8Error(f"{name}.weight_zero_point: asymmetric weights are not supported")
-        if len({scale.shape[1] for scale in scales}) != 1:
-            raise W4A8Error(f"{modules[0]}.weight_scale: {', '.join(modules)} must have the same group size")
-        words = jnp.asarray(np.concatenate(packed))
-        scale = jnp.asarray(np.concatenate(scales))
+    def quantized(self, parameter: Parameter) -> W4Weight | FragmentWeight:
+        *_, n, k = parameter.shape
+        modules = [
+            (name, rows) for names in parameter.modules for name, rows in zip(names, parameter.rows, strict=True)
+        ]
+        first = modules[0][0]
+        packed = np.empty((len(parameter.modules) * n, k // CODES_PER_WORD), np.int32)
+        scale: np.ndarray | None = None
+        start = 0
+        for name, rows in modules:
+            words, part = self._packed(name, rows, k)
+            if scale is None:
+                scale = np.empty((len(packed), part.shape[1]), part.dtype)
+            elif part.shape[1] != scale.shape[1]:
+                raise W4A8Error(
+                    f"{name}.weight_scale: expected {scale.shape[1]} groups as in {first}, which it is "
+                    f"computed with, found {part.shape[1]}"
+                )
+            packed[start : start + rows], scale[start : start + rows] = words, part
+            start += rows
+        assert scale is not None
+        lead = parameter.shape[:-2]
+        codes, scales = (jnp.asarray(part.reshape(*lead, n, -1)) for part in (packed, scale))
         try:
-            weight = W4Weight.from_checkpoint(words, scale, numerics=self.numerics, code_min=_code_min(words))
+            weight = W4Weight.from_checkpoint(codes, scales, numerics=self.numerics, code_min=_code_min(codes))
         except W4A8Error as error:
-            raise W4A8Error(f"{modules[0]}: {error}") from None
+            raise W4A8Error(f"{first}: {error}") from None
         return prepare_weight(weight, self.prepare_for) if self.prepare_for else weight
+
+    def _packed(self, name: str, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [n, K/8] and scales [n, G] of one module."""
+        words = self.read(f"{name}.weight_packed", (n, k // CODES_PER_WORD))
+        info = self.tensors.get(f"{name}.weight_scale")
+        groups = info.shape[1:] if info else (k // GROUP_SIZE,)
+        # One scale a channel may come without the axis of groups.
+        scale = self.read(f"{name}.weight_scale", (n, *groups)).reshape(n, -1)
+        if f"{name}.weight_shape" in self.tensors:
+            found = self.read(f"{name}.weight_shape", (2,)).tolist()
+            if found != [n, k]:
+                raise W4A8Error(f"{name}.weight_shape: expected {[n, k]} by config.json, found {found}")
+        if f"{name}.weight_zero_point" in self.tensors:
+            raise W4A8Error(f"{name}.weight_zero_point: asymmetric weights are not supported")
+        return words, scale
 
     def check_all_used(self, *, tied: bool) -> None:
         unknown = [name for name in self.tensors if name not in self.used and not IGNORED.search(name)]

@@ -4,7 +4,8 @@ from .activations import quantize_activations
 from .dequantize import lut_levels
 from .errors import W4A8Error
 from .fragments import FragmentWeight
-from .ops import backend, prepare_weight, w4a8_matmul, w4a8_ragged_matmul, w4a16_matmul
+from .moe import moe_mlp, route, w4a8_moe_mlp
+from .ops import backend, prepare_weight, w4a8_matmul, w4a8_ragged_matmul, w4a16_matmul, w4a16_ragged_matmul
 from .rounding import to_e4m3
 from .tuning import force_config
 from .weight_format import GROUP_SIZE, W4Weight, convert_scales, pack_codes, unpack_codes
@@ -18,12 +19,16 @@ __all__ = [
     "convert_scales",
     "force_config",
     "lut_levels",
+    "moe_mlp",
     "pack_codes",
     "prepare_weight",
     "quantize_activations",
+    "route",
     "to_e4m3",
     "unpack_codes",
     "w4a8_matmul",
+    "w4a8_moe_mlp",
     "w4a8_ragged_matmul",
     "w4a16_matmul",
+    "w4a16_ragged_matmul",
 ]

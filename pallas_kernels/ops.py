@@ -92,13 +92,25 @@ def w4a8_ragged_matmul(
     Raises:
         W4A8Error: shapes or dtypes do not fit.
     """
-    _check(x, w, 3, "w4a8")
+    _check_ragged(x, w, group_sizes, "w4a8")
+    return round_to(reference.ragged_matmul(x, w, group_sizes), out_dtype)
+
+
+def w4a16_ragged_matmul(
+    x: Float[Array, "M K"], w: W4Weight, group_sizes: Int[Array, "E"], *, out_dtype: Any = jnp.bfloat16
+) -> Float[Array, "M N"]:
+    """`w4a16_matmul` of consecutive groups of rows; arguments, result and errors are `w4a8_ragged_matmul`'s."""
+    _check_ragged(x, w, group_sizes, "w4a16")
+    return round_to(reference.ragged_matmul_w4a16(x, w, group_sizes), out_dtype)
+
+
+def _check_ragged(x: Array, w: W4Weight, group_sizes: Array, scheme: Scheme) -> None:
+    _check(x, w, 3, scheme)
     if x.ndim != 2:
         raise W4A8Error(f"x: expected [M, K], found {list(x.shape)}")
     if group_sizes.shape != w.shape[:1] or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         found = f"{group_sizes.dtype}{list(group_sizes.shape)}"
         raise W4A8Error(f"group_sizes: expected integers [{w.shape[0]}], one for each expert, found {found}")
-    return round_to(reference.ragged_matmul(x, w, group_sizes), out_dtype)
 
 
 def _check(x: Array, w: W4Weight | FragmentWeight, rank: int, scheme: Scheme) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from pallas_kernels import W4A8Error
 
 from ..config import DecoderConfig
-from . import cohere2, llama, qwen3
+from . import cohere2, cohere2_moe, llama, mixtral, qwen3, qwen3_moe
 from .common import Names
 
 
@@ -15,7 +15,8 @@ class Family(NamedTuple):
 
     Attributes:
         decoder_config: Hugging Face's config.json as a dict -> `DecoderConfig`.
-        names: our module paths, `{i}` for the layer -> the Hugging Face modules whose rows make them up, in order.
+        names: our module paths, `{i}` for the layer -> the Hugging Face modules whose rows make them up, in order; one
+            for each expert where they have an `{e}`.
     """
 
     decoder_config: Callable[[Mapping[str, Any]], DecoderConfig]
@@ -24,8 +25,11 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
     "cohere2": Family(cohere2.decoder_config, cohere2.NAMES),
+    "cohere2_moe": Family(cohere2_moe.decoder_config, cohere2_moe.NAMES),
     "llama": Family(llama.decoder_config, llama.NAMES),
+    "mixtral": Family(mixtral.decoder_config, mixtral.NAMES),
     "qwen3": Family(qwen3.decoder_config, qwen3.NAMES),
+    "qwen3_moe": Family(qwen3_moe.decoder_config, qwen3_moe.NAMES),
 }
 
 

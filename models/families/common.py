@@ -5,7 +5,7 @@ from typing import Any
 
 from pallas_kernels import W4A8Error
 
-from ..config import LayerType, RopeConfig
+from ..config import LayerType, MoEConfig, RopeConfig
 from ..layers.rope import check_rope
 
 Names = dict[str, tuple[str, ...]]
@@ -28,6 +28,21 @@ MLP_NORM: Names = {"layers.{i}.mlp_norm": ("model.layers.{i}.post_attention_laye
 QK_NORM: Names = {
     "layers.{i}.attention.q_norm": ("model.layers.{i}.self_attn.q_norm",),
     "layers.{i}.attention.k_norm": ("model.layers.{i}.self_attn.k_norm",),
+}
+EXPERTS: Names = {
+    "layers.{i}.mlp.router": ("model.layers.{i}.mlp.gate",),
+    "layers.{i}.mlp.experts.gate_up": (
+        "model.layers.{i}.mlp.experts.{e}.gate_proj",
+        "model.layers.{i}.mlp.experts.{e}.up_proj",
+    ),
+    "layers.{i}.mlp.experts.down": ("model.layers.{i}.mlp.experts.{e}.down_proj",),
+}
+SHARED_EXPERTS: Names = {
+    "layers.{i}.mlp.shared.gate_up": (
+        "model.layers.{i}.mlp.shared_experts.gate_proj",
+        "model.layers.{i}.mlp.shared_experts.up_proj",
+    ),
+    "layers.{i}.mlp.shared.down": ("model.layers.{i}.mlp.shared_experts.down_proj",),
 }
 
 
@@ -93,8 +108,39 @@ def layer_types(
     return types
 
 
-def rope_config(config: Mapping[str, Any], head_dim: int, *, interleaved: bool = False) -> RopeConfig:
+def num_experts(config: Mapping[str, Any], default: int) -> int:
+    """The number of experts; transformers 5 writes Mixtral's name for it for other families too."""
+    found = (config.get(name) for name in ("num_experts", "num_local_experts"))
+    return next((number for number in found if number is not None), default)
+
+
+def moe_config(*, num_experts: int, top_k: int, sparse_layers: tuple[bool, ...], **fields: Any) -> MoEConfig | None:
+    """The experts; None if no layer has any.
+
+    Raises:
+        W4A8Error: there are no experts, or fewer than `top_k`.
+    """
+    if not any(sparse_layers):
+        return None
+    if num_experts < 1:
+        raise W4A8Error(f"config.json: num_experts must be positive, found {num_experts}")
+    if not 1 <= top_k <= num_experts:
+        raise W4A8Error(
+            f"config.json: num_experts_per_tok must be 1 .. {num_experts}, the number of experts, found {top_k}"
+        )
+    return MoEConfig(num_experts, top_k, sparse_layers=sparse_layers, **fields)
+
+
+def rope_config(
+    config: Mapping[str, Any], head_dim: int, *, interleaved: bool = False, theta: float = 10000.0
+) -> RopeConfig:
     """Rotary parameters, from `rope_parameters` or from the older `rope_theta` and `rope_scaling`.
+
+    Args:
+        config: config.json.
+        head_dim: of attention.
+        interleaved: see `RopeConfig`.
+        theta: the family's default.
 
     Raises:
         W4A8Error: they are not for the whole model and the whole head, or as `check_rope`.
@@ -102,7 +148,7 @@ def rope_config(config: Mapping[str, Any], head_dim: int, *, interleaved: bool =
     parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     if nested := sorted(name for name, value in parameters.items() if isinstance(value, Mapping)):
         raise W4A8Error(f"config.json: rope_parameters must be the same for all layers, found some for {nested[0]}")
-    theta = parameters.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    theta = parameters.pop("rope_theta", None) or config.get("rope_theta") or theta
     kind = parameters.pop("type", None)
     kind = parameters.pop("rope_type", None) or kind or "default"
     partial = parameters.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import FragmentWeight, W4Weight, w4a8_matmul, w4a16_matmul
 
-_LARGE = 2**22  # weights of a layer; smaller ones are fast rather than frugal
+LARGE = 2**22  # weights of a layer; smaller ones are fast rather than frugal
 
 Scheme = Literal["bf16", "w4a8", "w4a16"]
 
@@ -31,7 +31,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
         weight: Any = self.weight.get_value()
-        if math.prod(weight.shape) >= _LARGE and jax.default_backend() == "cpu":
+        if math.prod(weight.shape) >= LARGE and jax.default_backend() == "cpu":
             # Else XLA widens all layers' weights to fp32 before it computes the first, and holds them all.
             weight, x = jax.lax.optimization_barrier((weight, x))
         if isinstance(weight, W4Weight | FragmentWeight):

@@ -32,6 +32,19 @@ CONFIGS = {
         "layer_types": ["sliding_attention", "full_attention"],
         "logit_scale": 1.0,
     },
+    # A dense layer, then experts beside a shared one.
+    "cohere2_moe": _COMMON
+    | {
+        "model_type": "cohere2_moe",
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        "first_k_dense_replace": 1,
+        "num_experts": 4,
+        "num_shared_experts": 1,
+        "expert_selection_fn": "sigmoid",
+        "logit_scale": 1.0,
+    },
     "llama": _COMMON | {"model_type": "llama", "num_hidden_layers": 2, "rms_norm_eps": 1e-6},
     "qwen3": _COMMON | {"model_type": "qwen3", "num_hidden_layers": 2, "head_dim": 32, "rms_norm_eps": 1e-6},
 }
@@ -44,6 +57,7 @@ def tiny_decoder(family: str, **changes) -> Decoder:
         decoder_config(CONFIGS[family] | changes), dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)
     )
     for layer in decoder.layers:
-        for linear in (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down):
-            linear.weight.set_value(linear.weight.get_value() * 24)
+        for _, variable in nnx.to_flat_state(nnx.state((layer.attention, layer.mlp), nnx.Param)):
+            if variable.get_value().ndim > 1:
+                variable.set_value(variable.get_value() * 24)
     return decoder

@@ -40,6 +40,12 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm((found - expected)[real]) / np.linalg.norm(expected[real]))
 
 
+def median_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """The median over the tokens that are there of each one's relative error."""
+    real = np.arange(found.shape[1]) < LENGTHS[:, None]
+    return float(np.median(np.linalg.norm((found - expected)[real], axis=-1) / np.linalg.norm(expected[real], axis=-1)))
+
+
 def cached_logits(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
     """Logits [B, S, V] of the batch by prefill, a chunk of different lengths, and single steps."""
     structure, leaves = split(decoder)
@@ -85,5 +91,7 @@ def test_bf16_logits_are_as_exact_as_those_of_transformers(logits: Path, name: s
     tokens = jnp.asarray(expected["tokens"].astype(np.int32))
     found = np.asarray(forward(leaves, tokens, jnp.asarray(LENGTHS)))
     assert found.dtype == np.float32
-    ours, theirs = (relative_error(logits, expected["whole"]) for logits in (found, expected["bf16"]))
+    # Where bf16 changes the choice of an expert, the token's error says nothing of exactness; the median leaves it out.
+    error = relative_error if decoder.config.moe is None else median_error
+    ours, theirs = (error(logits, expected["whole"]) for logits in (found, expected["bf16"]))
     assert ours < 1.5 * theirs, f"{name}: relative error {ours:.2e}, that of transformers {theirs:.2e}"

@@ -138,7 +138,7 @@ def _put(name: str, value: np.ndarray) -> Edit:
         ("llama", _put("model.layers.7.mlp.up_proj.weight", np.ones(3, np.float32)), "has no place for it"),
         ("llama", _set("hidden_size", 512), r"expected \[256, 512\] by config.json, found \[256, 256\]"),
         ("llama", _set("num_key_value_heads", 4), r"k_proj.weight: expected \[256, 256\] by config.json"),
-        ("llama", _set("model_type", "mamba"), "model_type 'mamba' is unknown; known are cohere2, llama, qwen3"),
+        ("llama", _set("model_type", "mamba"), "model_type 'mamba' is unknown; known are cohere2, cohere2_moe, llama"),
         ("qwen3", _remove(f"{ATTENTION}.q_norm.weight"), "q_norm.weight: missing"),
         ("llama-w4a8", _remove(f"{ATTENTION}.k_proj.weight_scale"), "k_proj.weight_scale: is missing"),
         ("llama-w4a8", _set("intermediate_size", 256), "weight_packed: expected .* by config.json"),

@@ -13,6 +13,7 @@ import numpy as np
 
 from pallas_kernels.errors import W4A8Error
 
+from .experts import split_experts
 from .safetensors_format import TensorInfo, read_header, read_rows
 
 CONFIG = "config.json"
@@ -50,7 +51,8 @@ class CheckpointReader:
     Attributes:
         path: the directory (a Hub name such as "org/name" has been fetched).
         config: config.json.
-        tensors: `TensorInfo` by tensor name: numpy dtype (ml_dtypes for bf16 and fp8), shape, file, nbytes.
+        tensors: `TensorInfo` by tensor name: numpy dtype (ml_dtypes for bf16 and fp8), shape, file, nbytes. Experts
+            that are fused in one tensor, as transformers keeps them, are listed as one tensor each.
 
     Raises:
         W4A8Error: there is no such directory, or what is in it is no whole checkpoint. The message names the file.
@@ -59,7 +61,7 @@ class CheckpointReader:
     def __init__(self, path: str | Path):
         self.path = resolve(path)
         self.config = self._read_config()
-        self.tensors: dict[str, TensorInfo] = self._list_tensors()
+        self.tensors: dict[str, TensorInfo] = split_experts(self._list_tensors(), self.config.get("model_type"))
 
     def read(self, name: str) -> np.ndarray:
         """One whole tensor.

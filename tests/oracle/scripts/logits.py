@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
         config = AutoConfig.from_pretrained(checkpoint)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         randomize(model)
-        model.save_pretrained(checkpoint)
+        model.save_pretrained(checkpoint, save_original_format=case["verbatim"])
         if case["verbatim"]:
             (checkpoint / "config.json").write_text(json.dumps(case["config"]))
         lengths = [p + c + job["steps"] for p, c in zip(job["prompts"], job["chunks"], strict=True)]
@@ -60,7 +60,7 @@ def randomize(model: torch.nn.Module) -> None:
         elif "embed" in name:
             parameter.copy_(noise)
         else:
-            parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
+            parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
 
 
 @torch.no_grad()

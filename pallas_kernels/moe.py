@@ -1,0 +1,135 @@
+"""The MLP of a mixture of experts: routing, the experts' matrix products on tokens sorted by expert, their sum."""
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .errors import W4A8Error
+from .fragments import Scheme
+from .ops import w4a8_ragged_matmul, w4a16_ragged_matmul
+from .reference import ragged_dot
+from .rounding import round_to
+from .weight_format import W4Weight
+
+Selection = Literal["softmax", "sigmoid"]
+ExpertWeight = Float[Array, "E N K"] | W4Weight
+
+
+def route(
+    logits: Float[Array, "T E"], top_k: int, *, selection: Selection = "softmax", normalize: bool = True
+) -> tuple[Float[Array, "T top_k"], Int[Array, "T top_k"]]:
+    """Chooses each token's experts and weighs them, in fp32.
+
+    Args:
+        logits: [T, E], of the router.
+        top_k: experts a token is sent to: those of the greatest logits.
+        selection: weights are a "softmax" over all experts, or the "sigmoid" of each logit.
+        normalize: divide the chosen experts' weights by their sum. With "softmax" that is a softmax over the top k.
+
+    Returns:
+        fp32 weights and int32 experts, [T, top_k] each, greatest first.
+
+    Raises:
+        W4A8Error: top_k is not between 1 and E, or the selection is unknown.
+    """
+    if not 1 <= top_k <= logits.shape[-1]:
+        raise W4A8Error(f"top_k: expected 1 .. {logits.shape[-1]}, the number of experts, found {top_k}")
+    if selection not in ("softmax", "sigmoid"):
+        raise W4A8Error(f"selection: expected softmax or sigmoid, found {selection!r}")
+    logits = logits.astype(jnp.float32)
+    chosen, experts = jax.lax.top_k(logits, top_k)
+    if selection == "sigmoid":
+        weights = jax.nn.sigmoid(chosen)
+        return (weights / jnp.sum(weights, axis=-1, keepdims=True) if normalize else weights), experts
+    total = jax.nn.logsumexp(chosen if normalize else logits, axis=-1, keepdims=True)
+    return jnp.exp(chosen - total), experts
+
+
+def moe_mlp(
+    x: Float[Array, "... D"],
+    router: Float[Array, "E D"],
+    gate_up: ExpertWeight,
+    down: ExpertWeight,
+    *,
+    top_k: int,
+    selection: Selection = "softmax",
+    normalize: bool = True,
+    scheme: Scheme = "w4a8",
+) -> Float[Array, "... D"]:
+    """`sum_k weight_k * down_k(silu(gate_k(x)) * up_k(x))` over the experts k that the router chooses.
+
+    Args:
+        x: [..., D], float.
+        router: [E, D]; its logits are computed in fp32.
+        gate_up: [E, 2F, D], the rows of gate before those of up; a float array or a `W4Weight`.
+        down: [E, D, F], the same.
+        top_k, selection, normalize: see `route`.
+        scheme: how a `W4Weight` computes.
+
+    Returns:
+        [..., D] in x's dtype. Each product, `silu(gate)` and its product with up are rounded to that dtype; the sum
+        over experts is in fp32, from the greatest weight down, and rounded once: the order of vLLM's kernels.
+
+    Raises:
+        W4A8Error: shapes or dtypes do not fit, or as `route`.
+    """
+    _check(x, router, gate_up, down)
+    *lead, width = x.shape
+    tokens = x.reshape(math.prod(lead), width)
+    logits = jnp.dot(tokens.astype(jnp.float32), router.astype(jnp.float32).T, precision="highest")
+    weights, experts = route(logits, top_k, selection=selection, normalize=normalize)
+    # Stable, so that rows of one expert keep the order of their tokens.
+    order = jnp.argsort(experts.reshape(-1), stable=True)
+    sizes = jnp.bincount(experts.reshape(-1), length=router.shape[0]).astype(jnp.int32)
+    gate, up = jnp.split(_products(tokens[order // top_k], gate_up, sizes, scheme), 2, axis=-1)
+    silu = round_to(jax.nn.silu(gate.astype(jnp.float32)), x.dtype)
+    inner = round_to(silu.astype(jnp.float32) * up.astype(jnp.float32), x.dtype)
+    rows = _products(inner, down, sizes, scheme)
+    rows = jnp.zeros_like(rows).at[order].set(rows, unique_indices=True).reshape(-1, top_k, width)
+    total = jnp.zeros((tokens.shape[0], width), jnp.float32)
+    for k in range(top_k):
+        total += weights[:, k, None] * rows[:, k].astype(jnp.float32)
+    return round_to(total, x.dtype).reshape(x.shape)
+
+
+def w4a8_moe_mlp(
+    x: Float[Array, "... D"],
+    router: Float[Array, "E D"],
+    gate_up: W4Weight,
+    down: W4Weight,
+    *,
+    top_k: int,
+    selection: Selection = "softmax",
+    normalize: bool = True,
+) -> Float[Array, "... D"]:
+    """`moe_mlp` with INT4 experts and FP8 activations, quantized per token before gate_up and again before down.
+
+    Arguments, result and errors are those of `moe_mlp`.
+    """
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        if not isinstance(weight, W4Weight):
+            raise W4A8Error(f"{name}: expected a W4Weight, found {type(weight).__name__}")
+    return moe_mlp(x, router, gate_up, down, top_k=top_k, selection=selection, normalize=normalize)
+
+
+def _products(x: Array, w: ExpertWeight, sizes: Array, scheme: Scheme) -> Array:
+    """Rows sorted by expert times their experts' weights, [M, N], rounded once to x's dtype."""
+    if isinstance(w, W4Weight):
+        product: Any = {"w4a8": w4a8_ragged_matmul, "w4a16": w4a16_ragged_matmul}[scheme]
+        return product(x, w, sizes, out_dtype=x.dtype)
+    return round_to(ragged_dot(x, w.astype(x.dtype), sizes), x.dtype)
+
+
+def _check(x: Array, router: Array, gate_up: ExpertWeight, down: ExpertWeight) -> None:
+    if x.ndim == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise W4A8Error(f"x: expected a float array [..., D], found {x.dtype}{list(x.shape)}")
+    if router.ndim != 2 or router.shape[1] != x.shape[-1]:
+        raise W4A8Error(f"router: expected [E, {x.shape[-1]}], found {list(router.shape)}")
+    experts, width = router.shape
+    inner = down.shape[-1]
+    for name, weight, expected in (("gate_up", gate_up, (2 * inner, width)), ("down", down, (width, inner))):
+        if tuple(weight.shape) != (experts, *expected):
+            raise W4A8Error(f"{name}: expected {[experts, *expected]}, found {list(weight.shape)}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from quantized_cases import CONFIGS, THEIRS
+from quantized_cases import CONFIGS, FUSED, THEIRS
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,10 @@ def torch_oracle() -> TorchOracle:
 def made(torch_oracle: TorchOracle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that scripts/make_compressed.py filled: quantized checkpoints and their bf16 likes."""
     folder = tmp_path_factory.mktemp("made")
-    plain = [{"name": f"{name}-bf16", "config": config, "preset": None} for name, config in CONFIGS.items()]
+    plain = [
+        {"name": f"{name}-bf16", "config": config, "preset": None, "fused": name in FUSED}
+        for name, config in CONFIGS.items()
+    ]
     (folder / "job.json").write_text(json.dumps({"cases": plain + [asdict(case) for case in THEIRS]}))
     torch_oracle("make_compressed.py", folder)
     return folder

@@ -183,8 +183,8 @@ def select(tensors: dict[str, TensorInfo], ignore: Sequence[str] = ()) -> tuple[
         What is written, in order, and the tensors that are dropped with the reason.
 
     Raises:
-        W4A8Error: a layer to be quantized has K % 128 != 0; experts are fused in 3-D tensors; a pattern of `ignore`
-            is no regular expression or matches no layer.
+        W4A8Error: a layer to be quantized has K % 128 != 0; a pattern of `ignore` is no regular expression or matches
+            no layer.
     """
     linear = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
     for pattern in ignore:
@@ -212,8 +212,6 @@ def select(tensors: dict[str, TensorInfo], ignore: Sequence[str] = ()) -> tuple[
 def _reason_to_copy(info: TensorInfo, ignore: Sequence[str]) -> str:
     """Why a tensor is not quantized; "" if it is."""
     module, _, kind = info.name.rpartition(".")
-    if len(info.shape) == 3 and ".experts" in info.name:
-        raise W4A8Error(f"{info.name}: experts fused in one tensor {list(info.shape)} are not read; split them")
     if kind != "weight" or len(info.shape) != 2:
         return "not a matrix"
     for pattern in ignore:

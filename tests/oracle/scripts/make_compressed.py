@@ -37,12 +37,15 @@ def main(folder: Path) -> None:
 
 @torch.no_grad()
 def make_checkpoint(path: Path, case: dict) -> None:
-    """A random bf16 model, quantized by minimum and maximum of each group unless `preset` is null."""
+    """A random bf16 model, quantized by minimum and maximum of each group unless `preset` is null.
+
+    `fused`: transformers' own layout of experts rather than one tensor for each.
+    """
     config = AutoConfig.for_model(**case["config"])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     randomize(model)
     if case["preset"] is None:
-        model.save_pretrained(path)
+        model.save_pretrained(path, save_original_format=not case["fused"])
         return
     scheme = QuantizationScheme(targets=["Linear"], **PRESET_SCHEMES[case["preset"]])
     scheme.weights.group_size = case["group_size"]

@@ -4,7 +4,8 @@ For each checkpoint FOLDER/NAME it writes
 
     NAME.weights.safetensors  every parameter of the model, dequantized, in bf16
     NAME.logits.safetensors   tokens int64 [B, S] and fp32 logits [B, S, V]: "w4a8" with activations fake-quantized as
-                              the config says, "w4a16" without, and both of the model in bf16 ("w4a8_bf16", ...)
+                              the config says, "w4a16" without, and both of the model in bf16 ("w4a8_bf16", ...);
+                              those of experts never are, since transformers dequantizes experts as it loads them
     NAME.linear.safetensors   x [M, K] and y [M, N], fp32, of the first gate projection, activations quantized as said
 """
 
@@ -32,7 +33,7 @@ def main(folder: Path, names: list[str]) -> None:
                 # Tied parameters are one tensor, which safetensors refuses to write twice.
                 weights = {key: value.clone().contiguous() for key, value in model.state_dict().items()}
                 save_file(weights, folder / f"{name}.weights.safetensors")
-            else:
+            elif hasattr(model.model.layers[0].mlp, "gate_proj"):
                 x = torch.randn(1, 64, model.config.hidden_size)
                 y = model.model.layers[0].mlp.gate_proj(x)
                 save_file({"x": x[0], "y": y[0]}, folder / f"{name}.linear.safetensors")

@@ -1,4 +1,4 @@
-"""Tensor parallelism: parameters, key-value cache and computation divided among the devices of a mesh.
+"""Tensor and expert parallelism: parameters, cache and computation divided among the devices of a mesh.
 
 A parameter's axes have logical names, and rules say which mesh axis each name is divided over. XLA's partitioner does
 the rest, so that the model's code is the same on one device and on many. The two fused projections are laid out in as
@@ -21,15 +21,27 @@ from pallas_kernels import FragmentWeight, W4A8Error, W4Weight
 
 from .config import DecoderConfig
 from .decoder import Decoder
+from .layers.attention import Attention
+from .layers.mlp import MLP
+from .parameters import module_at
 
 # Logical axis -> mesh axis. A mesh without that axis, or None, leaves it whole.
-RULES: Mapping[str, str | None] = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": None}
+RULES: Mapping[str, str | None] = {
+    "vocab": "tensor",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "experts": "expert",
+    "expert_mlp": "tensor",
+    "embed": None,
+}
 # The end of a parameter's path -> its logical axes; other parameters are on every device.
 _AXES = {
     r"embedding|lm_head\.weight": ("vocab", "embed"),
     r"attention\.qkv\.weight": ("heads", "embed"),
     r"attention\.qkv\.bias": ("heads",),
     r"attention\.output\.weight": ("embed", "heads"),
+    r"experts\.gate_up": ("experts", "expert_mlp", "embed"),
+    r"experts\.down": ("experts", "embed", "expert_mlp"),
     r"gate_up\.weight": ("mlp", "embed"),
     r"gate_up\.bias": ("mlp",),
     r"down\.weight": ("embed", "mlp"),
@@ -46,7 +58,7 @@ class Sharding:
         rules: logical axis -> mesh axis.
 
     Raises:
-        W4A8Error: heads, key-value heads or the MLP's width cannot be divided so.
+        W4A8Error: heads, key-value heads, an MLP's width or the experts cannot be divided so.
     """
 
     mesh: Mesh
@@ -55,11 +67,15 @@ class Sharding:
 
     def __post_init__(self) -> None:
         config = self.config
-        for axis, name, size in (
-            ("heads", "num_heads", config.num_heads),
-            ("heads", "num_kv_heads", config.num_kv_heads),
-            ("mlp", "intermediate_size", config.intermediate_size),
-        ):
+        sizes = [("heads", "num_heads", config.num_heads), ("heads", "num_kv_heads", config.num_kv_heads)]
+        for moe in {config.experts(layer) for layer in range(config.num_layers)}:
+            if moe is None:
+                sizes += [("mlp", "intermediate_size", config.intermediate_size)]
+            else:
+                sizes += [("experts", "num_experts", moe.num_experts)]
+                sizes += [("expert_mlp", "the experts' intermediate_size", moe.intermediate_size)]
+                sizes += [("mlp", "the shared experts' intermediate_size", moe.shared_intermediate_size or 0)]
+        for axis, name, size in sizes:
             if size % self.shards(axis):
                 raise W4A8Error(f"mesh: {name} {size} cannot be divided among {self.shards(axis)} devices")
 
@@ -82,8 +98,9 @@ class Sharding:
     def finish(self, decoder: Decoder) -> Decoder:
         """Tells the modules of a decoder, whose parameters have been placed, how they are divided."""
         decoder.cache_sharding = self.cache
-        for block in decoder.layers:
-            block.attention.shards, block.mlp.shards = self.shards("heads"), self.shards("mlp")
+        for _, module in nnx.iter_modules(decoder):
+            if isinstance(module, Attention | MLP):
+                module.shards = self.shards("heads" if isinstance(module, Attention) else "mlp")
         return decoder
 
     def place(self, decoder: Decoder, path: tuple[Any, ...]) -> None:
@@ -93,23 +110,21 @@ class Sharding:
             W4A8Error: a quantized weight's groups do not divide.
         """
         *parents, attribute = path
-        module: Any = decoder
-        for step in parents:
-            module = module[step] if isinstance(step, int) else getattr(module, str(step))
-        parameter, where = getattr(module, str(attribute)), ".".join(map(str, path))
+        parameter = getattr(module_at(decoder, tuple(parents)), str(attribute))
+        where = ".".join(map(str, path))
         axes = next((axes for end, axes in _AXES.items() if re.search(f"(^|\\.)({end})$", where)), None)
         value = parameter.get_value()
         if axes is None:
             parameter.set_value(jax.device_put(value, self._named()))
             return
-        order = self._order(where)
+        order = self._order(where, value.shape[0])
         if isinstance(value, FragmentWeight):
             raise W4A8Error(f"{where}: a kernel's weight cannot be divided; load with kernels=False")
         if isinstance(value, W4Weight):
             k = value.shape[-1]
-            if k % (self.shards(axes[1]) * value.group_size):
+            if k % (self.shards(axes[-1]) * value.group_size):
                 of = f"{k // value.group_size} groups of {value.group_size}"
-                raise W4A8Error(f"{where}: {of} cannot be divided among {self.shards(axes[1])} devices")
+                raise W4A8Error(f"{where}: {of} cannot be divided among {self.shards(axes[-1])} devices")
             parts = value.packed, value.group_scale, value.channel_scale
             packed, group_scale, channel_scale = (self._put(part, axes[: part.ndim], order) for part in parts)
             parameter.set_value(W4Weight(packed, group_scale, channel_scale, value.numerics, value.code_min))
@@ -128,14 +143,14 @@ class Sharding:
         names = [None if axis is None or self.shards(axis) == 1 else self.rules[axis] for axis in axes]
         return NamedSharding(mesh, PartitionSpec(*names))
 
-    def _order(self, where: str) -> np.ndarray | None:
+    def _order(self, where: str, total: int) -> np.ndarray | None:
         """The rows of a fused projection, piece by piece; None if they stay as they are."""
         config = self.config
         if ".qkv." in where:
             rows = [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
             shards = self.shards("heads")
         elif ".gate_up." in where:
-            rows, shards = [config.intermediate_size] * 2, self.shards("mlp")
+            rows, shards = [total // 2] * 2, self.shards("mlp")
         else:
             return None
         starts = np.cumsum([0, *rows[:-1]])

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Literal, Protocol
 
 import jax
@@ -18,6 +19,7 @@ from .decoder import Decoder
 from .families.common import Names
 from .layers.linear import Scheme
 from .parameters import Parameter, abstract_decoder, module_at, parameters
+from .sharding import Sharding
 
 # Derived from the config, a column order that the reader has found trivial, or scales of a quantized key-value cache,
 # which this cache is not.
@@ -51,6 +53,7 @@ def load_decoder(
     scheme: Scheme = "bf16",
     numerics: Numerics = "lut",
     kernels: bool = False,
+    sharding: Sharding | None = None,
 ) -> Decoder:
     """Makes a decoder and fills it, one parameter at a time.
 
@@ -61,23 +64,29 @@ def load_decoder(
         dtype: of activations and of parameters that are not quantized.
         scheme: how quantized layers compute, "w4a8" or "w4a16"; "bf16" if none is quantized.
         numerics: of quantized weights.
-        kernels: lay weights out for this device's kernels, if it has any.
+        kernels: lay weights out for this device's kernels, if it has any; not with a sharding.
+        sharding: puts each parameter on the devices, each its part, when it has been read.
 
     Raises:
         W4A8Error: a tensor is missing, unknown, or of another shape than the config says; a fused layer is quantized
             in part; a layer is quantized that cannot be, such as a router.
     """
     decoder = abstract_decoder(config, dtype)
-    reader = _Reader(source, dtype, numerics, prepare_for=scheme if kernels and scheme != "bf16" else None)
+    whole = sharding is None
+    reader = _Reader(source, dtype, numerics, prepare_for=scheme if kernels and whole and scheme != "bf16" else None)
     for parameter in parameters(decoder, names):
         *parents, attribute = parameter.path
         module = module_at(decoder, tuple(parents))
-        value, quantized = _value(parameter, reader, scheme)
+        # What is divided goes from the host to each device, and is whole on none.
+        with nullcontext() if sharding is None else jax.default_device(jax.local_devices(backend="cpu")[0]):
+            value, quantized = _value(parameter, reader, scheme)
         if quantized:
             module.scheme = scheme
         setattr(module, str(attribute), nnx.Param(value))
+        if sharding is not None:
+            sharding.place(decoder, parameter.path)
     reader.check_all_used(tied=config.tie_embeddings)
-    return decoder
+    return decoder if sharding is None else sharding.finish(decoder)
 
 
 def _value(parameter: Parameter, reader: "_Reader", scheme: Scheme) -> tuple[Any, bool]:

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
+from jax.sharding import Mesh
+
 from models.families import family
 from models.layers.linear import Scheme
+from models.sharding import Sharding
 from models.weights import load_decoder
 from pallas_kernels.errors import W4A8Error
 from pallas_kernels.weight_format import Numerics
@@ -28,6 +31,7 @@ def load(
     dtype: str = "bfloat16",
     max_context: int | None = None,
     kernels: bool = True,
+    mesh: Mesh | None = None,
 ) -> LanguageModel:
     """Loads a Hugging Face checkpoint, quantized or not, onto the default device, a module at a time.
 
@@ -40,6 +44,8 @@ def load(
             activations to FP8 (w4a8) or bf16 (w4a16) whatever it is.
         max_context: the longest prompt and continuation together, in tokens; by default what the model allows.
         kernels: run on this device's kernels where it has any (see `w4a8jax.backend`); False: the reference in jnp.
+        mesh: devices to divide the model among: its axis "tensor" divides heads, MLPs and the vocabulary, its axis
+            "expert" the experts. Each reads its part only; the kernels are not used then.
 
     Returns:
         The model; its tokenizer is None if the checkpoint has none.
@@ -54,14 +60,16 @@ def load(
     reader = CheckpointReader(path)
     members = family(reader.config)
     scheme = _scheme(reader, scheme)
+    config = members.decoder_config(reader.config)
     decoder = load_decoder(
-        members.decoder_config(reader.config),
+        config,
         members.names,
         reader,
         dtype=dtype,
         scheme=scheme,
         numerics=numerics or ("lut" if scheme == "w4a8" else "exact"),
         kernels=kernels,
+        sharding=None if mesh is None else Sharding(mesh, config),
     )
     return LanguageModel(
         decoder,

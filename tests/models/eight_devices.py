@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from tiny_decoders import CONFIGS
 import w4a8jax
 from models.decoder import Decoder
 from models.families import decoder_config
+from models.functional import split
 from models.generate import Generator
 from models.layers.linear import Linear
 from models.layers.moe import Experts
@@ -106,6 +108,17 @@ def test_experts_are_divided() -> None:
     assert len({str(shard.index) for shard in shards}) == 8
     with pytest.raises(W4A8Error, match="mesh: num_experts 4 cannot be divided among 8 devices"):
         Sharding(mesh(1, "expert"), decoder.config)
+
+
+def test_no_device_gathers_experts() -> None:
+    decoder = make("qwen3_moe")
+    sharding = Sharding(mesh(1, "expert"), decoder.config)
+    structure, leaves = split(sharding.apply(decoder))
+    program = jax.jit(lambda leaves, tokens: structure.merge(leaves)(tokens)[0])
+    text = program.lower(leaves, jnp.zeros((2, 16), jnp.int32)).compile().as_text()
+    gathered = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]\S* all-gather\(", text)]
+    assert gathered
+    assert max(gathered) < 256 * 256  # an expert's down has 256 x 512 or more
 
 
 def test_loading_places_each_part() -> None:

@@ -69,8 +69,11 @@ def module_at(decoder: Decoder, path: tuple[str | int, ...]) -> Any:
 
 
 def parameters(decoder: Decoder, names: Names) -> list[Parameter]:
-    """Every parameter of a decoder, abstract or not, by its family's table of names (see `models.families.Family`)."""
-    result = []
+    """Every parameter of a decoder, abstract or not, by its family's table of names (see `models.families.Family`).
+
+    In the order of the model, layer by layer, and within a layer in the order of the table.
+    """
+    result, place = [], {name: i for i, name in enumerate(names)}
     variables: Any = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
     for path, variable in variables:
         *parents, attribute = path
@@ -91,8 +94,9 @@ def parameters(decoder: Decoder, names: Names) -> list[Parameter]:
         modules = tuple(tuple(name.format(i=layer, e=e) for name in names[table]) for e in range(experts))
         shape = tuple(variable.get_value().shape)
         rows = _rows(decoder.config, table, shape[1] if kind == "experts" else shape[0])
-        result.append(Parameter(tuple(path), kind, shape, modules, rows))
-    return result
+        part = 1 if table.startswith("layers.") else 0 if table == "embedding" else 2
+        result.append(((part, layer, place[table]), Parameter(tuple(path), kind, shape, modules, rows)))
+    return [parameter for _, parameter in sorted(result, key=lambda entry: entry[0])]
 
 
 def expected_shapes(config: DecoderConfig, names: Names) -> Mapping[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ import numpy as np
 from .checkpoints.compressed_tensors import PACKED, SCALE, SHAPE, is_linear, quantized_modules
 from .checkpoints.reader import CheckpointReader
 from .checkpoints.safetensors_format import TensorInfo, natural_key
+from .expert_sizes import ExpertSizes, expert_sizes
 from .weight_statistics import CodeStatistics, ValueStatistics, code_statistics, value_statistics
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 _CONFIG_KEYS = (
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "sliding_window", "num_experts",
-    "num_local_experts", "num_experts_per_tok", "tie_word_embeddings", "dtype", "torch_dtype",
+    "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "num_shared_experts", "tie_word_embeddings",
+    "dtype", "torch_dtype",
 )  # fmt: skip
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "float8_e4m3fn": "fp8"}
 KINDS = ("codes", "scales", "unquantized linears", "embeddings", "norms", "other")
@@ -112,6 +114,11 @@ class Inspection:
         return 8 * sum(x.nbytes for x in layers) / sum(x.weights for x in layers) if layers else None
 
     @property
+    def experts(self) -> ExpertSizes | None:
+        """Sizes of the routed experts; None if there are none."""
+        return expert_sizes(self.layers, self.config)
+
+    @property
     def histogram(self) -> np.ndarray:
         """int64 [16], how often each code from -8 to 7 occurs in all quantized layers."""
         return sum((x.codes.histogram for x in self.layers if x.codes is not None), np.zeros(16, np.int64))
@@ -127,6 +134,7 @@ class Inspection:
             "bits_per_weight": self.bits_per_weight,
             "quantized_bits_per_weight": self.quantized_bits_per_weight,
             "bytes_by_kind": self.bytes_by_kind,
+            "experts": None if self.experts is None else dataclasses.asdict(self.experts),
             "code_histogram": self.histogram.tolist(),
             "sidecars": list(self.sidecars),
             "layers": [layer.record() for layer in self.layers],

@@ -50,6 +50,12 @@ def _totals(inspection: Inspection) -> Table:
     table.add_row("parameters", f"{inspection.parameters:,}")
     kinds = ", ".join(f"{kind} {size(count)}" for kind, count in inspection.bytes_by_kind.items() if count)
     table.add_row("size", f"{size(inspection.nbytes)}: {kinds}")
+    if (experts := inspection.experts) is not None:
+        each = f"{experts.parameters:,} parameters, {size(experts.nbytes)} each"
+        line = f"{experts.per_layer} in each of {experts.layers} layers, {each}; {size(experts.total_bytes)} in all"
+        if experts.active_parameters is not None:
+            line += f"; a token meets {experts.top_k} a layer, {experts.active_parameters:,} parameters of the model"
+        table.add_row("experts", line)
     bits = f"{inspection.bits_per_weight:.3f} over all"
     if (quantized := inspection.quantized_bits_per_weight) is not None:
         bits += f", {quantized:.3f} over the quantized layers"

@@ -131,6 +131,25 @@ def test_float_experts_and_leading_axes():
     np.testing.assert_allclose(found.reshape(24, HIDDEN), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_gradient_of_float_experts():
+    """Training a mixture of experts needs it."""
+    x, router, gate_up, down = operands(4, 24)
+    x, leaves = x.astype(jnp.float32), (router, gate_up.dequantize(), down.dequantize())
+
+    def by_rows(router: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+        return jnp.sum(moe_mlp(x, router, gate_up, down, top_k=2) ** 2)
+
+    def by_experts(router: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+        gates, ups = jnp.split(jnp.einsum("td,efd->tef", x, gate_up, precision="highest"), 2, axis=-1)
+        each = jnp.einsum("tef,edf->ted", jax.nn.silu(gates) * ups, down, precision="highest")
+        weights, experts = route(x @ router.T, 2)
+        return jnp.sum(jnp.einsum("tk,tkd->td", weights, jnp.take_along_axis(each, experts[..., None], axis=1)) ** 2)
+
+    found, expected = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*leaves) for f in (by_rows, by_experts))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(theirs))))
+
+
 @pytest.mark.parametrize("sizes", [[0, 5, 0, 3], [8, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
 def test_w4a16_ragged_rows(sizes: list[int]):
     x, _, gate_up, _ = operands(4, 8)

@@ -4,10 +4,11 @@
 
 vLLM is told that it runs on one NVIDIA H200; no kernel is executed. For every checkpoint:
   - vLLM must accept the config and every shape,
-  - every quantized linear must be served by the CUTLASS W4A8 kernel and by no fallback,
+  - every quantized linear must be served by the CUTLASS W4A8 kernel and by no fallback, and experts by its grouped one,
   - every parameter is poisoned before the load, and none may keep poison in any row: vLLM itself does not notice
     a missing tensor and would run on uninitialised memory,
-  - every parameter must equal the checkpoint's tensors bit for bit, fused as vLLM fuses them (q, k, v; gate, up),
+  - every parameter must equal the checkpoint's tensors bit for bit, fused as vLLM fuses them (q, k, v; gate, up;
+    experts),
   - every tensor of the checkpoint must have arrived in some parameter.
 Exits with 1 if any checkpoint fails, after a summary of each. `--report` writes the findings as JSON, `--operands`
 the codes and scales that vLLM's own conversion makes of the loaded tensors.
@@ -34,6 +35,7 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_DISABLE_SHARED_EXPERTS_STREAM": "1",  # a stream needs a GPU
 }
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # The compiled kernels need the driver's library just to be imported. Loading runs none of them: empty modules do.
@@ -49,7 +51,15 @@ from safetensors.torch import save_file  # noqa: E402
 SCHEME = "CompressedTensorsW4A8Fp8"
 KERNEL = "CutlassW4A8LinearKernel"
 # Of attention and its KV cache: vLLM's own, with defaults where a checkpoint has none.
-NOT_STORED = re.compile(r"\.attn\.([qkv]|prob)_(scale|zero_point)$")
+# Likewise the channel scales of experts, which vLLM computes after the load.
+NOT_STORED = re.compile(r"\.attn\.([qkv]|prob)_(scale|zero_point)$|\.w(13|2)_weight_chan_scale$")
+# A layer's experts are one parameter [E, ...]; of w13, gate and up by rows. Their names in a checkpoint:
+EXPERTS = re.compile(r"(.*\.experts)\.routed_experts\.(w13|w2)_(weight_\w+)$")
+EXPERT_PARTS = {
+    "mlp": {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)},
+    "block_sparse_moe": {"w13": ("w1", "w3"), "w2": ("w2",)},
+}
+MOE_METHOD = "CompressedTensorsW4A8Fp8MoEMethod"
 INT_POISON = -77
 
 
@@ -115,7 +125,7 @@ def poison(model: torch.nn.Module) -> None:
 def loaded(checkpoint: Path) -> Iterator[torch.nn.Module]:
     """vLLM's model of `checkpoint` on the CPU, as it is before its weights are reordered for the kernel."""
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.distributed import destroy_model_parallel, init_distributed_environment, initialize_model_parallel
     from vllm.distributed.parallel_state import model_parallel_is_initialized
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model_loader
@@ -132,10 +142,12 @@ def loaded(checkpoint: Path) -> Iterator[torch.nn.Module]:
         use_tqdm_on_load=False,
     ).create_engine_config()
     with set_current_vllm_config(config):
-        if not model_parallel_is_initialized():
+        if model_parallel_is_initialized():
+            destroy_model_parallel()  # a model with experts needs more groups than the one before may have had
+        else:
             port = 20000 + os.getpid() % 20000
             init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
-            initialize_model_parallel(1, 1)
+        initialize_model_parallel(1, 1)
         config.device_config.device, config.device_config.device_type = torch.device("cpu"), "cpu"
         with set_default_torch_dtype(config.model_config.dtype), torch.device("cpu"):
             model = initialize_model(vllm_config=config)
@@ -159,10 +171,21 @@ def stored_parts(name: str, fusions: dict[str, list[str]]) -> list[str]:
     return [f"{parent}.{part}.{leaf}" if parent else name for part in fusions.get(module, [module])]
 
 
-def unwritten_rows(value: torch.Tensor) -> int:
-    rows = value.reshape(value.shape[0], -1) if value.ndim else value.reshape(1, 1)
+def expert_parts(name: str, tensors: dict[str, torch.Tensor]) -> list[list[str]]:
+    """The checkpoint's names of what vLLM stacks into the experts' parameter `name`, for each expert."""
+    if (match := EXPERTS.match(name)) is None:
+        return []
+    experts, kind, leaf = match.groups()
+    leaves = EXPERT_PARTS[experts.split(".")[-2]][kind]
+    count = len({key.removeprefix(experts).split(".")[1] for key in tensors if key.startswith(f"{experts}.")})
+    return [[f"{experts}.{e}.{part}.{leaf}" for part in leaves] for e in range(count)]
+
+
+def unwritten_rows(value: torch.Tensor) -> str:
+    """How many rows still hold poison, as "3 of 8 rows"; "" if none does."""
+    rows = value.reshape(-1, value.shape[-1] if value.ndim > 1 else 1)
     poisoned = rows.isnan().any(1) if value.is_floating_point() else (rows == INT_POISON).all(1)
-    return int(poisoned.sum())
+    return f"{int(poisoned.sum())} of {len(rows)} rows" if poisoned.any() else ""
 
 
 def compare(report: Report, model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -171,18 +194,24 @@ def compare(report: Report, model: torch.nn.Module, tensors: dict[str, torch.Ten
     for name, parameter in model.named_parameters():
         if NOT_STORED.search(name):
             continue
-        value, parts = parameter.detach(), stored_parts(name, model.packed_modules_mapping)
+        value, experts = parameter.detach(), expert_parts(name, tensors)
+        parts = [part for each in experts for part in each] or stored_parts(name, model.packed_modules_mapping)
         report.parameters += 1
         if rows := unwritten_rows(value):
-            report.problems.append(f"{name}: {rows} of {len(value)} rows never written by the load")
+            report.problems.append(f"{name}: {rows} never written by the load")
         arrived.update(set(parts) & set(tensors))
         if missing := [part for part in parts if part not in tensors]:
             report.problems.append(f"{name}: the checkpoint has no {', '.join(missing)}")
             continue
         stored = [tensors[part] for part in parts]
         report.nbytes += sum(part.nbytes for part in stored)
-        # weight_shape is [N, K] of one part: vLLM keeps the last one's.
-        expected = stored[-1] if name.endswith(".weight_shape") else torch.cat(stored)
+        # weight_shape is [N, K] of one part: vLLM keeps the last one's, and an expert's as floats.
+        if experts and name.endswith("weight_shape"):
+            expected = torch.stack([tensors[each[-1]] for each in experts]).to(value.dtype)
+        elif experts:
+            expected = torch.stack([torch.cat([tensors[part] for part in each]) for each in experts])
+        else:
+            expected = stored[-1] if name.endswith(".weight_shape") else torch.cat(stored)
         if "embed_tokens" in name or "lm_head" in name:  # vLLM pads the vocabulary
             value = value[: len(expected)]
         if value.dtype != expected.dtype or value.shape != expected.shape:
@@ -199,9 +228,14 @@ def compare(report: Report, model: torch.nn.Module, tensors: dict[str, torch.Ten
 
 
 def check_kernels(report: Report, model: torch.nn.Module) -> None:
-    """Records scheme and kernel of every linear that vLLM takes for quantized."""
+    """Records scheme and kernel of every linear that vLLM takes for quantized, and how it computes experts."""
     chosen: collections.Counter[str] = collections.Counter()
     for name, module in model.named_modules():
+        if hasattr(module, "w13_weight_packed") or hasattr(module, "w13_weight"):
+            method = type(module.quant_method).__name__
+            chosen[method] += 1
+            if method != MOE_METHOD:
+                report.problems.append(f"{name}: served by {method}")
         if (scheme := getattr(module, "scheme", None)) is None:
             continue
         scheme_name, kernel_name = type(scheme).__name__, type(getattr(scheme, "kernel", None)).__name__

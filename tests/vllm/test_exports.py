@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_checkpoints import CONFIGS, copy_without, tensor_names, write_toy
+from toy_checkpoints import CONFIGS, copy_without, served, tensor_names, write_toy
 
 pytestmark = pytest.mark.vllm
 
 CLI = Path(sys.executable).with_name("w4a8jax")
-SERVED_BY = "CompressedTensorsW4A8Fp8 on CutlassW4A8LinearKernel"
 LEFT_OUT = ("weight_scale", "weight_packed")
 
 
@@ -43,7 +42,7 @@ def test_vllm_loads_every_bit(name: str, findings: dict[str, Any], exports: list
     report = findings[name]
     config = json.loads((exports[0].with_name(name) / "config.json").read_text())
     assert report["ok"], report
-    assert report["linears"] == {SERVED_BY: 4 * config["num_hidden_layers"]}  # qkv, o, gate_up, down
+    assert report["linears"] == served(config)
     assert report["equal"] == report["parameters"]
     assert report["tensors"] == len(tensor_names(exports[0].with_name(name)))
 

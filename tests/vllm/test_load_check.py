@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from toy_checkpoints import CONFIGS, copy_without, write_toy
+from toy_checkpoints import CONFIGS, SERVED_BY, copy_without, served, write_toy
 
 from pallas_kernels.weight_format import convert_scales, unpack_codes
 from w4a8jax.checkpoints import servable
@@ -18,8 +18,6 @@ from w4a8jax.checkpoints.reader import CheckpointReader
 
 pytestmark = pytest.mark.vllm
 
-SERVED_BY = "CompressedTensorsW4A8Fp8 on CutlassW4A8LinearKernel"
-LINEARS = 4 * 2  # qkv, o, gate_up and down of two layers
 ACCEPTED: dict[str, dict[str, Any]] = {
     # Only the fused N counts: q 256 + k 64 + v 64.
     "n_64_fused": {"num_key_value_heads": 1},
@@ -40,6 +38,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 LEFT_OUT = {
     "no_scale": ("qwen3", "model.layers.1.self_attn.k_proj.weight_scale"),
     "no_packed": ("cohere2", "model.layers.0.mlp.down_proj.weight_packed"),
+    "no_expert": ("qwen3_moe", "model.layers.1.mlp.experts.3.up_proj.weight_packed"),
     "no_norm": ("llama", "model.layers.1.input_layernorm.weight"),
 }
 
@@ -82,8 +81,9 @@ def rejected(load_check: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
 def test_vllm_loads_every_bit(name: str, accepted: Loads) -> None:
     report = accepted.findings[name]
     assert report["ok"], report
-    assert report["linears"] == {SERVED_BY: LINEARS}
-    assert report["equal"] == report["parameters"] > 3 * LINEARS
+    expected = served(CONFIGS.get(name, CONFIGS["llama"]))
+    assert report["linears"] == expected
+    assert report["equal"] == report["parameters"] > 3 * sum(expected.values())
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -122,7 +122,7 @@ def test_our_operands_are_vllms(family: str, accepted: Loads) -> None:
     """Codes and channel scales bit for bit; group scales but for the rounding of 1/x in vLLM's CPU code."""
     operands = load_file(accepted.folder / "operands.safetensors")
     names = [n.removesuffix(".codes") for n in operands if n.startswith(f"{family}/") and n.endswith(".codes")]
-    assert len(names) == LINEARS
+    assert len(names) == served(CONFIGS[family])[SERVED_BY]
     different = total = 0
     for name in names:
         codes = np.asarray(unpack_codes(operands[f"{name}.weight_packed"]))

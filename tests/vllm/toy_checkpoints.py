@@ -19,6 +19,8 @@ from safetensors.numpy import load_file, save_file
 BF16 = ml_dtypes.bfloat16
 GROUP_SIZE = 128
 INDEX = "model.safetensors.index.json"
+SERVED_BY = "CompressedTensorsW4A8Fp8 on CutlassW4A8LinearKernel"
+EXPERTS_SERVED_BY = "CompressedTensorsW4A8Fp8MoEMethod"
 
 _COMMON = {
     "dtype": "bfloat16",
@@ -57,6 +59,51 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_theta": 1e6,
         "tie_word_embeddings": False,
     },
+    "cohere2_moe": _COMMON
+    | {
+        "architectures": ["Cohere2MoeForCausalLM"],
+        "model_type": "cohere2_moe",
+        "hidden_act": "silu",
+        "layer_norm_eps": 1e-5,
+        "logit_scale": 0.25,
+        "rope_theta": 50000.0,
+        "sliding_window": 128,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "prefix_dense_intermediate_size": 512,
+        "intermediate_size": 256,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 2,
+        "expert_selection_fn": "sigmoid",
+        "tie_word_embeddings": True,
+    },
+    "qwen3_moe": _COMMON
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "moe_intermediate_size": 256,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "tie_word_embeddings": False,
+    },
+    "mixtral": _COMMON
+    | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
     "llama": _COMMON
     | {
         "architectures": ["LlamaForCausalLM"],
@@ -82,32 +129,63 @@ def _quantization_config(group_size: int, ignore: tuple[str, ...]) -> dict[str, 
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "ignore": ["lm_head", *ignore],
+        "ignore": ["lm_head", "re:.*mlp\\.gate$", "re:.*block_sparse_moe\\.gate$", *ignore],
         "config_groups": {"group_0": group},
     }
 
 
-def _linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Name -> (N, K) of the linears of one decoder layer."""
+def has_experts(config: dict[str, Any], layer: int) -> bool:
+    """Whether a layer has experts in place of the MLP."""
+    kinds = config.get("mlp_layer_types", ["sparse" if "num_experts_per_tok" in config else "dense"] * (layer + 1))
+    return kinds[layer] == "sparse"
+
+
+def served(config: dict[str, Any]) -> dict[str, int]:
+    """How vLLM must serve a W4A8 checkpoint: the number of matrices by what computes them."""
+    layers = config["num_hidden_layers"]
+    sparse = sum(has_experts(config, layer) for layer in range(layers))
+    dense = 4 * (layers - sparse) + (2 + 2 * bool(config.get("num_shared_experts"))) * sparse  # qkv, o, gate_up, down
+    return {SERVED_BY: dense} | ({EXPERTS_SERVED_BY: sparse} if sparse else {})
+
+
+def _linears(config: dict[str, Any], layer: int) -> dict[str, tuple[int, int]]:
+    """Name -> (N, K) of the linears of a decoder layer, router excepted."""
     hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    return {
+    linears = {
         "self_attn.q_proj": (q, hidden),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, q),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
     }
+    gate, up, down = "gate_proj", "up_proj", "down_proj"
+    mlps = {"mlp": config.get("prefix_dense_intermediate_size", inner)}
+    if has_experts(config, layer):
+        experts, width = _router(config)[1], config.get("moe_intermediate_size", inner)
+        parent = _router(config)[0].removesuffix(".gate")
+        mlps = {f"{parent}.experts.{e}": width for e in range(experts)}
+        if shared := config.get("num_shared_experts"):
+            mlps[f"{parent}.shared_experts"] = shared * inner
+        if config["model_type"] == "mixtral":
+            gate, up, down = "w1", "w3", "w2"
+    for mlp, width in mlps.items():
+        linears |= {f"{mlp}.{gate}": (width, hidden), f"{mlp}.{up}": (width, hidden), f"{mlp}.{down}": (hidden, width)}
+    return linears
+
+
+def _router(config: dict[str, Any]) -> tuple[str, int]:
+    """Its name in a layer and the number of experts."""
+    if config["model_type"] == "mixtral":
+        return "block_sparse_moe.gate", config["num_local_experts"]
+    return "mlp.gate", config["num_experts"]
 
 
 def _norms(config: dict[str, Any]) -> dict[str, int]:
     """Name -> size of the norms of one decoder layer."""
     norms = {"input_layernorm": config["hidden_size"]}
-    if config["model_type"] != "cohere2":
+    if not config["model_type"].startswith("cohere2"):
         norms["post_attention_layernorm"] = config["hidden_size"]
-    if config["model_type"] == "qwen3":
+    if config["model_type"].startswith("qwen3"):
         norms |= {"self_attn.q_norm": config["head_dim"], "self_attn.k_norm": config["head_dim"]}
     return norms
 
@@ -148,7 +226,10 @@ def write_toy(
     shards: list[dict[str, np.ndarray]] = [{}, {}]
     for layer in range(config["num_hidden_layers"]):
         shard = shards[layer % 2]
-        for name, (n, k) in _linears(config).items():
+        if has_experts(config, layer):
+            router, experts = _router(config)
+            shard[f"model.layers.{layer}.{router}.weight"] = random(experts, config["hidden_size"])
+        for name, (n, k) in _linears(config, layer).items():
             tensors = _quantized(rng, n, k, group_size) if quantized else {"weight": random(n, k)}
             shard.update({f"model.layers.{layer}.{name}.{leaf}": t for leaf, t in tensors.items()})
         for name, size in _norms(config).items():

@@ -6,7 +6,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from toy import toy_config, toy_shapes
+from toy import ARCHITECTURES, toy_config, toy_shapes
 
 from pallas_kernels.errors import W4A8Error
 from w4a8jax.checkpoints.compressed_tensors import DEFAULT_IGNORE, build, is_linear, packed_specs
@@ -53,7 +53,7 @@ def found(config: dict[str, Any], tensors: dict[str, TensorSpec], **options: int
     return [str(problem) for problem in problems(config, tensors, **options)]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "cohere2"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 @pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
 def test_good_ones_have_none(model_type: str, scheme: Any) -> None:
     config = toy_config(model_type)
@@ -72,8 +72,8 @@ def test_good_moe_has_none() -> None:
 
 
 def test_good_mixtral_names() -> None:
+    shapes = {name: shape for name, shape in toy_shapes(toy_config()).items() if ".mlp." not in name}
     config = toy_config() | {"model_type": "mixtral", "num_local_experts": 2}
-    shapes = {name: shape for name, shape in toy_shapes(config).items() if ".mlp." not in name}
     for i in range(2):
         moe_name = f"model.layers.{i}.block_sparse_moe"
         shapes[f"{moe_name}.gate.weight"] = (2, 256)

@@ -16,7 +16,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\
 def text_checkpoint(path: Path, *, model_type: str = "cohere2", add_bos: bool = True, seed: int = 0) -> Path:
     """A bf16 checkpoint in `path`, one token a byte, context 512."""
     config = toy_config(model_type) | {"vocab_size": VOCABULARY}
-    if model_type == "cohere2":
+    if model_type.startswith("cohere2"):
         config["logit_scale"] = 1.0
     tensors = toy_tensors(config, seed=seed)
     save_checkpoint(path, config, tensors)

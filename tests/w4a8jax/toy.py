@@ -13,6 +13,16 @@ import numpy as np
 from w4a8jax.checkpoints.safetensors_format import TensorSpec, layout
 
 HIDDEN, INTERMEDIATE, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 256, 512, 256, 4, 2, 64
+EXPERTS, EXPERT_SIZE = 4, 256
+MOE = ("cohere2_moe", "mixtral", "qwen3_moe")
+ARCHITECTURES = {
+    "cohere2": "Cohere2",
+    "cohere2_moe": "Cohere2Moe",
+    "llama": "Llama",
+    "mixtral": "Mixtral",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+}
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -28,9 +38,9 @@ def toy_config(
     intermediate: int = INTERMEDIATE,
     dtype: str = "bfloat16",
 ) -> dict[str, Any]:
-    """config.json of a small llama, qwen3 or cohere2."""
+    """config.json of a small model of any family; two experts of four for each token."""
     config: dict[str, Any] = {
-        "architectures": [{"llama": "Llama", "qwen3": "Qwen3", "cohere2": "Cohere2"}[model_type] + "ForCausalLM"],
+        "architectures": [ARCHITECTURES[model_type] + "ForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": 1,
@@ -48,26 +58,38 @@ def toy_config(
         "num_key_value_heads": max(hidden // HEAD_DIM // 2, 1),
         "pad_token_id": None,
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-        "tie_word_embeddings": model_type == "cohere2",
+        "tie_word_embeddings": model_type.startswith("cohere2"),
         "transformers_version": "5.23.0",
         "use_cache": True,
         "vocab_size": VOCAB,
     }
+    if model_type in MOE:
+        config |= {"num_local_experts" if model_type == "mixtral" else "num_experts": EXPERTS, "num_experts_per_tok": 2}
     if model_type == "llama":
         config |= {"mlp_bias": False, "pretraining_tp": 1, "rms_norm_eps": 1e-06}
     elif model_type == "qwen3":
         full = ["full_attention"] * layers
         config |= {"layer_types": full, "max_window_layers": 28, "rms_norm_eps": 1e-06}
         config |= {"sliding_window": None, "use_sliding_window": False}
+    elif model_type == "qwen3_moe":
+        config |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": EXPERT_SIZE}
+        config |= {"norm_topk_prob": True, "rms_norm_eps": 1e-06, "sliding_window": None}
+    elif model_type == "mixtral":
+        config |= {"intermediate_size": EXPERT_SIZE, "rms_norm_eps": 1e-05, "sliding_window": None}
     else:
         types = ["full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(layers)]
         config |= {"layer_norm_eps": 1e-05, "layer_types": types, "logit_scale": 0.0625, "sliding_window": 32}
+    if model_type == "cohere2_moe":
+        config |= {"expert_selection_fn": "sigmoid", "num_shared_experts": 1, "intermediate_size": EXPERT_SIZE}
+        config |= {"mlp_layer_types": ["dense"] + ["sparse"] * (layers - 1), "norm_topk_prob": True}
+        config |= {"prefix_dense_intermediate_size": intermediate, "shared_expert_combination_strategy": "average"}
     return config
 
 
 def toy_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint."""
-    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+    hidden, kind = config["hidden_size"], config["model_type"]
+    intermediate = config.get("prefix_dense_intermediate_size") or config["intermediate_size"]
     heads, kv = config["num_attention_heads"] * HEAD_DIM, config["num_key_value_heads"] * HEAD_DIM
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config["vocab_size"], hidden),
@@ -82,13 +104,21 @@ def toy_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             "self_attn.k_proj": (kv, hidden),
             "self_attn.v_proj": (kv, hidden),
             "self_attn.o_proj": (hidden, heads),
-            "mlp.gate_proj": (intermediate, hidden),
-            "mlp.up_proj": (intermediate, hidden),
-            "mlp.down_proj": (hidden, intermediate),
         }
-        if config["model_type"] != "cohere2":
+        if kind not in MOE or (kind == "cohere2_moe" and i == 0):
+            layer |= {f"mlp.{leaf}_proj": (intermediate, hidden) for leaf in ("gate", "up")}
+            layer["mlp.down_proj"] = (hidden, intermediate)
+        else:
+            mlp = "block_sparse_moe" if kind == "mixtral" else "mlp"
+            gate, up, down = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+            layer[f"{mlp}.gate"] = (EXPERTS, hidden)
+            experts = [f"{mlp}.experts.{e}" for e in range(EXPERTS)]
+            for expert in [*experts, "mlp.shared_experts"] if kind == "cohere2_moe" else experts:
+                layer |= {f"{expert}.{leaf}": (EXPERT_SIZE, hidden) for leaf in (gate, up)}
+                layer[f"{expert}.{down}"] = (hidden, EXPERT_SIZE)
+        if not kind.startswith("cohere2"):
             layer["post_attention_layernorm"] = (hidden,)
-        if config["model_type"] == "qwen3":
+        if kind.startswith("qwen3"):
             layer |= {"self_attn.q_norm": (HEAD_DIM,), "self_attn.k_norm": (HEAD_DIM,)}
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
     return shapes

@@ -68,7 +68,13 @@ class QuantizedTensor:
 
 
 def quantize_weight(
-    w: Any, *, numerics: Numerics = "lut", code_min: int = -7, search: Search = "full", name: str = "weight"
+    w: Any,
+    *,
+    numerics: Numerics = "lut",
+    code_min: int = -7,
+    search: Search = "full",
+    importance: Any = None,
+    name: str = "weight",
 ) -> QuantizedTensor:
     """Quantizes a weight to INT4 in groups of 128 columns.
 
@@ -82,6 +88,8 @@ def quantize_weight(
         code_min: lowest code, -7 (a faster kernel) or -8 (one level more for negative weights).
         search: "full", "fast" (fewer candidates), or "none": the largest weight / 7 (/ 7.5 if code_min is -8)
             and codes `round(w / scale)`, the usual round-to-nearest.
+        importance: [K], what a squared error in each column costs, such as the mean square of its inputs; all the
+            same by default. The relative error returned does not know it.
         name: the tensor's name, for errors.
 
     Raises:
@@ -89,11 +97,16 @@ def quantize_weight(
     """
     _check(w, numerics, code_min, search, name)
     n, k = w.shape
+    if importance is not None:
+        importance = jnp.asarray(importance, jnp.float32)
+        if importance.shape != (k,):
+            raise W4A8Error(f"{name}: importance: expected [{k}], a number a column, found {list(importance.shape)}")
     packed, scale = np.empty((n, k // 8), np.int32), np.empty((n, k // GROUP_SIZE), jnp.bfloat16)
     by_byte = np.zeros(256, np.int64)
     error = total = 0.0
     pending = (
-        (rows, _quantize_block(b, numerics=numerics, code_min=code_min, search=search)) for rows, b in _blocks(w)
+        (rows, _quantize_block(b, importance, numerics=numerics, code_min=code_min, search=search))
+        for rows, b in _blocks(w)
     )
     for rows, result in _one_ahead(pending):
         count = rows.stop - rows.start
@@ -166,7 +179,12 @@ def _blocks(w: Any) -> Iterator[tuple[slice, np.ndarray | Array]]:
 
 @partial(jax.jit, static_argnames=("numerics", "code_min", "search"))
 def _quantize_block(
-    w: Float[Array, "R K"], *, numerics: Numerics, code_min: int, search: Search
+    w: Float[Array, "R K"],
+    importance: Float[Array, "K"] | None = None,
+    *,
+    numerics: Numerics,
+    code_min: int,
+    search: Search,
 ) -> tuple[Int[Array, "R K/8"], Float[Array, "R G"], Float[Array, "R"], Float[Array, "R"], Float[Array, "R"]]:
     """Packed codes, scales, a unit for each row, and in that unit the row's squared error and squared norm."""
     rows, k = w.shape
@@ -179,7 +197,7 @@ def _quantize_block(
     if search == "none":
         scale = _to_bf16(peak / (7 if code_min == -7 else 7.5))
     else:
-        score = _Scorer(groups / unit[:, None, None], code_min)
+        score = _Scorer(groups / unit[:, None, None], code_min, importance)
         find = _search_lut if numerics == "lut" else _search_exact
         scale = find(score, peak, unit, search)
     scale = jnp.maximum(scale, _MIN_SCALE).astype(jnp.bfloat16)
@@ -238,13 +256,16 @@ def _take_level(codes: Int[Array, "R G 128"], levels: Float[Array, "R G 9"]) -> 
 class _Scorer:
     """Squared errors of groups for candidate levels, the inner loop of the search."""
 
-    def __init__(self, groups: Float[Array, "R G 128"], code_min: int):
+    def __init__(self, groups: Float[Array, "R G 128"], code_min: int, importance: Float[Array, "K"] | None = None):
         # Groups go last: each of the 128 steps is then a vector operation over groups and candidates.
         # The barrier keeps the transpose apart: fused into what follows, it would read memory in strides.
         by_column = jax.lax.optimization_barrier(groups.transpose(2, 0, 1))
         by_column = by_column.reshape(-1, _UNROLL, *groups.shape[:2])
         self.magnitude = jnp.abs(by_column)
         self.negative = jnp.maximum(-by_column, 0) if code_min == -8 else None
+        self.importance = None
+        if importance is not None:
+            self.importance = importance.reshape(-1, GROUP_SIZE).T.reshape(-1, _UNROLL, groups.shape[1])
 
     def __call__(self, levels: Float[Array, "C R G 9"]) -> Float[Array, "C R G"]:
         """sum min_q (|w| - level_q)^2 - sum w^2, which is sum min_q (level_q^2 - 2 |w| level_q), q = 0 giving 0."""
@@ -258,6 +279,8 @@ class _Scorer:
                     error = jnp.minimum(error, square[q] + minus_two[q] * magnitude)
                 if self.negative is not None:
                     error = jnp.minimum(error, square[8] + minus_two[8] * self.negative[i, column])
+                if self.importance is not None:
+                    error = error * self.importance[i, column]
                 total = total + error
             return total
 

@@ -78,10 +78,10 @@ def test_equals_float64(numerics, code_min, act_order):
 
 def test_groups_take_the_best_candidate():
     """No scale of the first group, whose columns have had no feedback yet, has a lower error than the one chosen."""
-    w, _, h = _layer(n=8, k=256)
+    w, _, h = _layer(n=8)
     factor = factorize(h)
     result = gptq_quantize_weight(w, factor, numerics="exact")
-    upper = np.linalg.cholesky(np.linalg.inv(h + 0.01 * np.mean(np.diag(h)) * np.eye(256))).T
+    upper = np.linalg.cholesky(np.linalg.inv(h + 0.01 * np.mean(np.diag(h)) * np.eye(len(h)))).T
     rtn = quantize_weight(w, numerics="exact", importance=factor.importance)
     for row in range(len(w)):
         peak = np.abs(w[row, :128]).max()
@@ -155,7 +155,7 @@ def test_diagonal_hessian_is_weighted_rounding():
 
 def test_extreme_rows():
     """Rows of zeros, tiny and huge values, and an outlier: finite, and within a step of round-to-nearest."""
-    w, _, h = _layer(n=6, k=256)
+    w, _, h = _layer(n=8)
     w[1] = 0
     w[2] *= 1e-8
     w[3] *= 1e30

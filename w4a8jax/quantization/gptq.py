@@ -24,8 +24,6 @@ Rows are independent, so they are handled in blocks; columns run in a compiled l
 Shapes: N outputs, K inputs, G = K/128 groups, R rows of a block, C candidates for a scale.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 from typing import Any, Literal
@@ -164,16 +162,14 @@ def gptq_quantize_weight(
     if search not in _GRID_STEPS:
         raise W4A8Error(f'{name}: search: expected "full", "fast" or "none", found {search!r}')
     start = rtn.quantize_weight(w, numerics=numerics, code_min=code_min, importance=_importance(w, factor), name=name)
-    n, k = w.shape
+    n = w.shape[0]
     packed, scale = np.empty_like(start.packed), np.empty_like(start.scale)
     rows = min(_ROWS, 1 << (n - 1).bit_length())
     sums = np.zeros(5)
     for begin in range(0, n, rows):
         part = slice(begin, min(begin + rows, n))
-        block, first_scale, first_packed = (
-            _pad_rows(np.asarray(a[part]), rows) for a in (w, start.scale, start.packed)
-        )
-        block = jnp.asarray(block, jnp.float32)
+        block = jnp.asarray(_pad_rows(np.asarray(w[part]), rows), jnp.float32)
+        first_scale, first_packed = (_pad_rows(a[part], rows) for a in (start.scale, start.packed))
         new_packed, new_scale = _solve_rows(
             block, factor.upper, jnp.asarray(first_scale), factor.order, numerics=numerics, code_min=code_min,
             search="none" if factor.order is not None else search,
@@ -182,13 +178,13 @@ def gptq_quantize_weight(
         packed[part], scale[part] = (np.asarray(a)[: part.stop - begin] for a in (new_packed, new_scale))
         sums += np.array([np.asarray(e, np.float64)[: part.stop - begin].sum() for e in errors])
     output, rtn_output, output_total, plain, total = sums.tolist()
-    errors_of = [(max(e, 0.0) / output_total) ** 0.5 if output_total > 0 else 0.0 for e in (output, rtn_output)]
+    error, rtn_error = ((max(e, 0.0) / output_total) ** 0.5 if output_total > 0 else 0.0 for e in (output, rtn_output))
     if not output <= rtn_output:  # also where it is NaN
-        reason = f"GPTQ's output error {errors_of[0]:.4f} is not below round-to-nearest's {errors_of[1]:.4f}"
-        return GptqResult(start, errors_of[1], errors_of[1], reason)
+        reason = f"GPTQ's output error {error:.4f} is not below round-to-nearest's {rtn_error:.4f}"
+        return GptqResult(start, rtn_error, rtn_error, reason)
     nibbles = np.bincount(packed.view(np.uint8).reshape(-1), minlength=256).reshape(16, 16)
     relative = (plain / total) ** 0.5 if total else 0.0
-    return GptqResult(QuantizedTensor(packed, scale, relative, nibbles.sum(0) + nibbles.sum(1)), *errors_of)
+    return GptqResult(QuantizedTensor(packed, scale, relative, nibbles.sum(0) + nibbles.sum(1)), error, rtn_error)
 
 
 def _importance(w: Any, factor: Factor) -> Float[Array, "K"]:

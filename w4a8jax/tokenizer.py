@@ -90,11 +90,21 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, by default with the BOS and EOS tokens that the tokenizer puts around it."""
+        return self.encode_with_offsets(text, add_special_tokens=add_special_tokens)[0]
+
+    def encode_with_offsets(
+        self, text: str, *, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode`, and each token's place in the text: its first character, and one after its last.
+
+        Tokens put around the text have no place: the two are equal.
+        """
         if not isinstance(text, str):
             raise W4A8Error(f"text: expected a string, found {type(text).__name__}")
         # Lone surrogates, of undecodable bytes in a command line, are no text for `tokenizers`.
         text = text.encode("utf-8", "replace").decode("utf-8")
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""

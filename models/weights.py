@@ -15,7 +15,7 @@ from pallas_kernels import FragmentWeight, W4A8Error, W4Weight, prepare_weight
 from pallas_kernels.weight_format import CODES_PER_WORD, GROUP_SIZE, Numerics
 
 from .config import DecoderConfig
-from .decoder import Decoder
+from .decoder import Block, Decoder
 from .families.common import Names
 from .layers.linear import Scheme
 from .parameters import Parameter, abstract_decoder, module_at, parameters
@@ -75,18 +75,31 @@ def load_decoder(
     whole = sharding is None
     reader = _Reader(source, dtype, numerics, prepare_for=scheme if kernels and whole and scheme != "bf16" else None)
     for parameter in parameters(decoder, names):
-        *parents, attribute = parameter.path
-        module = module_at(decoder, tuple(parents))
         # What is divided goes from the host to each device, and is whole on none.
         with nullcontext() if sharding is None else jax.default_device(jax.local_devices(backend="cpu")[0]):
-            value, quantized = _value(parameter, reader, scheme)
-        if quantized:
-            module.scheme = scheme
-        setattr(module, str(attribute), nnx.Param(value))
+            _fill(decoder, parameter, reader, scheme)
         if sharding is not None:
             sharding.place(decoder, parameter.path)
     reader.check_all_used(tied=config.tie_embeddings)
     return decoder if sharding is None else sharding.finish(decoder)
+
+
+def load_block(config: DecoderConfig, names: Names, source: TensorSource, layer: int, *, dtype: Any) -> Block:
+    """One layer of an unquantized checkpoint; arguments and errors as of `load_decoder`."""
+    decoder, reader = abstract_decoder(config, dtype), _Reader(source, dtype, "lut", prepare_for=None)
+    for parameter in parameters(decoder, names):
+        if parameter.path[:2] == ("layers", layer):
+            _fill(decoder, parameter, reader, "bf16")
+    return decoder.layers[layer]
+
+
+def _fill(decoder: Decoder, parameter: Parameter, reader: "_Reader", scheme: Scheme) -> None:
+    *parents, attribute = parameter.path
+    module = module_at(decoder, tuple(parents))
+    value, quantized = _value(parameter, reader, scheme)
+    if quantized:
+        module.scheme = scheme
+    setattr(module, str(attribute), nnx.Param(value))
 
 
 def _value(parameter: Parameter, reader: "_Reader", scheme: Scheme) -> tuple[Any, bool]:

@@ -1,0 +1,251 @@
+"""What a layer's linear modules see on the calibration samples: Hessians, and the residual stream for the next layer.
+
+One layer at a time. The residual stream of all samples stands in a temporary file; a pass over a layer reads it in
+chunks of at most 2048 tokens, with the layer's key-value cache from chunk to chunk, so that memory does not grow with
+the length of a trace (only the cache does, slowly). Only tokens that count go into a Hessian; what follows the last of
+them in a trace is not even run.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from models.batching import bucket, chunk_size
+from models.config import DecoderConfig
+from models.decoder import Block
+from models.kv_cache import LayerCache
+from models.layers.rope import rope_table
+from pallas_kernels import quantize_activations
+
+from .data import Sample
+
+CHUNK = 2048  # tokens of a pass at once, over all samples of a batch
+
+Hessians = dict[str, Float[Array, "K K"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Samples that run together: the rows of the stream where each begins, and how they are cut."""
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    slots: int
+    width: int
+
+
+class ResidualStream:
+    """The residual stream of all samples before a layer, in a file that vanishes with this object.
+
+    Args:
+        samples: what to run.
+        embedding: [V, D], rows are looked up.
+        config: of the decoder.
+        dtype: of its activations.
+    """
+
+    def __init__(self, samples: Sequence[Sample], embedding: np.ndarray, config: DecoderConfig, dtype: Any):
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        kept = [_until_last(sample) for sample in samples]
+        kept.sort(key=lambda sample: len(sample.tokens))  # samples of like length run together
+        self.mask = np.concatenate([sample.loss_mask for sample in kept])
+        self.tokens = len(self.mask)
+        self.batches = _batches([len(sample.tokens) for sample in kept], config)
+        self._file = tempfile.TemporaryFile(prefix="w4a8jax-stream-")  # noqa: SIM115
+        self._data = np.memmap(
+            self._file, np.uint8, "w+", shape=(self.tokens, config.hidden_size * self.dtype.itemsize)
+        )
+        row = 0
+        for sample in kept:
+            for begin in range(0, len(sample.tokens), CHUNK):
+                part = sample.tokens[begin : begin + CHUNK]
+                self.write(row, np.asarray(embedding[part]).astype(self.dtype))
+                row += len(part)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Removes the file."""
+        self._file.close()
+
+    def read(self, start: int, count: int) -> Float[np.ndarray, "T D"]:
+        """Rows start .. start + count - 1."""
+        return np.asarray(self._data[start : start + count]).view(self.dtype)
+
+    def write(self, start: int, rows: Float[np.ndarray, "T D"]) -> None:
+        self._data[start : start + len(rows)] = np.ascontiguousarray(rows).view(np.uint8)
+
+
+def hessians(
+    block: Block, stream: ResidualStream, taps: Sequence[str], *, fp8: bool, done: Callable[[int], None] | None = None
+) -> Hessians:
+    """sum x x^T over the tokens that count, of the inputs x of some linear modules of a layer; fp32 [K, K] each.
+
+    Args:
+        block: the layer; modules that are quantized already compute as such.
+        stream: before it.
+        taps: paths of the modules, such as "attention.qkv".
+        fp8: x as the W4A8 kernel multiplies it, rounded to FP8 by token, rather than as it comes.
+        done: called with the number of tokens of each pass.
+    """
+    total = {tap: jnp.zeros(2 * [_input_size(block, tap)], jnp.float32) for tap in taps}
+    for _, _, sums in _passes(block, stream, total, fp8=fp8, output=False, done=done):
+        total = sums
+    return total
+
+
+def advance(block: Block, stream: ResidualStream, *, done: Callable[[int], None] | None = None) -> None:
+    """Takes the stream from before the layer to behind it."""
+    for rows, y, _ in _passes(block, stream, {}, fp8=False, output=True, done=done):
+        values = np.asarray(y)
+        for i, (start, count) in enumerate(rows):
+            if count:
+                stream.write(start, values[i, :count])
+
+
+def _until_last(sample: Sample) -> Sample:
+    """Without what follows the last token that counts."""
+    end = len(sample.tokens) - int(np.argmax(sample.loss_mask[::-1]))
+    return Sample(sample.tokens[:end], sample.loss_mask[:end], sample.line)
+
+
+def _batches(lengths: Sequence[int], config: DecoderConfig) -> list[_Batch]:
+    """Consecutive samples whose lengths fall into the same bucket, as many as fill a chunk."""
+    batches: list[_Batch] = []
+    rows = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+    index = 0
+    while index < len(lengths):
+        slots = bucket(lengths[index], 1 << 62)
+        most = max(1, CHUNK // slots)
+        end = index + 1
+        while end < len(lengths) and end - index < most and bucket(lengths[end], 1 << 62) == slots:
+            end += 1
+        width = min(slots, chunk_size(config, most, slots, CHUNK))
+        # Rows of no tokens fill the batch, so that a bucket compiles once.
+        missing = (0,) * (most - (end - index))
+        batches.append(_Batch((*rows[index:end], *missing), (*lengths[index:end], *missing), slots, width))
+        index = end
+    return batches
+
+
+def _passes(
+    block: Block,
+    stream: ResidualStream,
+    sums: Hessians,
+    *,
+    fp8: bool,
+    output: bool,
+    done: Callable[[int], None] | None,
+) -> Iterator[tuple[list[tuple[int, int]], Array | None, Hessians]]:
+    """Runs the layer over the stream, chunk by chunk.
+
+    Yields the chunk's place in the stream, first row and count for each sample; the layer's output [B, T, D]; the sums.
+    """
+    config = stream.config
+    graph, state = nnx.split(block)
+    for batch in stream.batches:
+        count, cache = len(batch.starts), None
+        if batch.slots > batch.width:
+            slots = min(batch.slots, block.attention.window or batch.slots)
+            shape = (count, slots, config.num_kv_heads, config.head_dim)
+            cache = LayerCache(jnp.zeros(shape, stream.dtype), jnp.zeros(shape, stream.dtype))
+        for begin in range(0, max(batch.lengths), batch.width):
+            x = np.zeros((count, batch.width, config.hidden_size), stream.dtype)
+            counted = np.zeros(x.shape[:2], bool)
+            rows = []
+            for i, (first, length) in enumerate(zip(batch.starts, batch.lengths, strict=True)):
+                start, size = first + begin, max(0, min(batch.width, length - begin))
+                x[i, :size] = stream.read(start, size)
+                counted[i, :size] = stream.mask[start : start + size]
+                rows.append((start, size))
+            starts = np.minimum(begin, batch.lengths).astype(np.int32)
+            sizes = np.array([size for _, size in rows], np.int32)
+            y, cache, sums = _step(
+                graph, state, config, x, starts, sizes, counted, cache, sums,
+                fresh=begin == 0, fp8=fp8, output=output,
+            )  # fmt: skip
+            yield rows, y, sums
+            if done is not None:
+                done(int(sizes.sum()))
+
+
+@partial(
+    jax.jit, static_argnames=("graph", "config", "fresh", "fp8", "output"), donate_argnames=("cache", "sums")
+)  # fmt: skip
+def _step(
+    graph: Any,
+    state: Any,
+    config: DecoderConfig,
+    x: Float[Array, "B T D"],
+    start: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+    counted: Bool[Array, "B T"],
+    cache: LayerCache | None,
+    sums: Hessians,
+    *,
+    fresh: bool,
+    fp8: bool,
+    output: bool,
+) -> tuple[Float[Array, "B T D"] | None, LayerCache | None, Hessians]:
+    block = nnx.merge(graph, state)
+    seen: dict[str, Array] = {}
+    for tap in sums:
+        parent, name = _parent(block, tap)
+        setattr(parent, name, _Tap(tap, getattr(parent, name), seen))
+    # As in Decoder.hidden_states: padding has the position of the last token.
+    step = jnp.minimum(jnp.arange(x.shape[1], dtype=jnp.int32), jnp.maximum(lengths, 1)[:, None] - 1)
+    table = rope_table(config.rope, config.head_dim, config.max_context, start[:, None] + step)
+    y, cache = block(x, table, start, lengths, cache, fresh)
+    return y if output else None, cache, {tap: _add(sums[tap], seen[tap], counted, fp8) for tap in sums}
+
+
+def _add(total: Float[Array, "K K"], x: Float[Array, "B T K"], counted: Bool[Array, "B T"], fp8: bool) -> Array:
+    wide = x.astype(jnp.float32)
+    if fp8:
+        x8, token_scale = quantize_activations(x)
+        wide = x8.astype(jnp.float32) * token_scale
+    # A selection, not a product: what does not count may be NaN.
+    wide = jnp.where(counted[..., None], wide, 0).reshape(-1, x.shape[-1])
+    return total + jnp.dot(wide.T, wide, precision=jax.lax.Precision.HIGHEST)
+
+
+class _Tap:
+    """Stands in for a module while a layer is traced, and notes its input."""
+
+    def __init__(self, name: str, module: Callable[[Array], Array], seen: dict[str, Array]):
+        self.name, self.module, self.seen = name, module, seen
+
+    def __call__(self, x: Array) -> Array:
+        self.seen[self.name] = x
+        return self.module(x)
+
+
+def _parent(block: Block, path: str) -> tuple[Any, str]:
+    """The module that holds a module, and its name there."""
+    *parents, name = path.split(".")
+    holder: Any = block
+    for step in parents:
+        holder = getattr(holder, step)
+    return holder, name
+
+
+def module_at(block: Block, path: str) -> Any:
+    """A module of a layer by its path, such as "attention.qkv"."""
+    holder, name = _parent(block, path)
+    return getattr(holder, name)
+
+
+def _input_size(block: Block, path: str) -> int:
+    return module_at(block, path).weight.get_value().shape[-1]

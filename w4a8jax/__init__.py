@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pallas_kernels import backend as backend
     from pallas_kernels import quantize_activations as quantize_activations
     from pallas_kernels import w4a8_matmul as w4a8_matmul
+    from pallas_kernels import w4a8_moe_mlp as w4a8_moe_mlp
     from pallas_kernels import w4a8_ragged_matmul as w4a8_ragged_matmul
     from pallas_kernels import w4a16_matmul as w4a16_matmul
 
@@ -67,6 +68,7 @@ _EXPORTS = {
     "reference_text": "w4a8jax.reference",
     "verify": "w4a8jax.verification",
     "w4a8_matmul": "pallas_kernels",
+    "w4a8_moe_mlp": "pallas_kernels",
     "w4a8_ragged_matmul": "pallas_kernels",
     "w4a16_matmul": "pallas_kernels",
 }

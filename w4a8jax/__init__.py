@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pallas_kernels import w4a8_ragged_matmul as w4a8_ragged_matmul
     from pallas_kernels import w4a16_matmul as w4a16_matmul
 
+    from .calibration.load import load_calibration as load_calibration
     from .checkpoints.load import load as load
     from .checkpoints.reader import CheckpointReader as CheckpointReader
     from .evaluation import Comparison as Comparison
@@ -60,6 +61,7 @@ _EXPORTS = {
     "evaluate": "w4a8jax.evaluation",
     "inspect": "w4a8jax.inspection",
     "load": "w4a8jax.checkpoints.load",
+    "load_calibration": "w4a8jax.calibration.load",
     "plot_inspection": "w4a8jax.plots",
     "quantize": "w4a8jax.quantization.pipeline",
     "quantize_activations": "pallas_kernels",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from ..calibration import CalibrationData
     from ..language_model import LanguageModel
 
 Scheme = Literal["w4a8", "w4a16"]
@@ -46,6 +47,26 @@ ContextOption = Annotated[
     int | None,
     typer.Option("--context", min=2, help="Tokens of a window; default: 1024, or the model's limit if less."),
 ]
+MaskOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mask",
+        metavar="PART",
+        help="What does not count in calibration: system, tools, template, user, tool_results, prefix (repeated by "
+        "several traces), or none; may be repeated. Default: system, tools and template. A loss_mask in the file "
+        "stands above it.",
+    ),
+]
+PackOption = Annotated[
+    int | None, typer.Option("--pack", min=1, help="Join calibration traces to samples of this many tokens.")
+]
+MaxLengthOption = Annotated[
+    int | None,
+    typer.Option("--max-length", min=1, help="Cut calibration traces to this many tokens; default: 65536, or less."),
+]
+MaxSamplesOption = Annotated[
+    int | None, typer.Option("--max-samples", min=1, help="Use only the first calibration traces.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
@@ -64,6 +85,20 @@ def load_model(
     with status(f"loading {path}"):
         return w4a8jax.load(
             path, scheme=scheme, numerics=numerics, dtype=dtype, max_context=max_context, kernels=kernels
+        )
+
+
+def read_calibration(
+    model: str, file: str, mask: list[str] | None, pack: int | None, max_length: int | None, max_samples: int | None
+) -> CalibrationData:
+    """The calibration data of a file, for a checkpoint."""
+    import w4a8jax
+    from w4a8jax.calibration import DEFAULT_MASK
+
+    parts = DEFAULT_MASK if mask is None else [part for part in mask if part != "none"]
+    with status(f"reading {file}"):
+        return w4a8jax.load_calibration(
+            model, file, mask=parts, pack=pack, max_length=max_length, max_samples=max_samples
         )
 
 

@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from .common import JsonOption, Numerics, QuietOption, Scheme
+from .common import (
+    JsonOption,
+    MaskOption,
+    MaxLengthOption,
+    MaxSamplesOption,
+    Numerics,
+    PackOption,
+    QuietOption,
+    Scheme,
+    read_calibration,
+)
 
 
 def command(
@@ -27,6 +37,23 @@ def command(
         Literal["full", "fast", "none"],
         typer.Option("--search", help="Effort for the scales; none: the greatest weight over 7 (7.5 with -8)."),
     ] = "full",
+    method: Annotated[
+        Literal["rtn", "gptq"],
+        typer.Option("--method", help="rtn: round to nearest; gptq: make layers' outputs right on calibration data."),
+    ] = "rtn",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration", metavar="FILE", help="For gptq: JSON lines of text, tokens or messages; see calibrate."
+        ),
+    ] = None,
+    mask: MaskOption = None,
+    pack: PackOption = None,
+    max_length: MaxLengthOption = None,
+    max_samples: MaxSamplesOption = None,
+    act_order: Annotated[
+        bool, typer.Option("--act-order", help="gptq: round the columns with the largest inputs first.")
+    ] = False,
     ignore: Annotated[
         list[str] | None,
         typer.Option(
@@ -61,6 +88,9 @@ def command(
     """
     import w4a8jax
 
+    data = None
+    if calibration is not None:
+        data = read_calibration(src, calibration, mask, pack, max_length, max_samples)
     summary = w4a8jax.quantize(
         src,
         dst,
@@ -69,6 +99,9 @@ def command(
         code_min=code_min,
         ignore=tuple(ignore or ()),
         search=search,
+        method=method,
+        calibration=data,
+        act_order=act_order,
         overwrite=overwrite,
         resume=resume,
         allow_unservable=allow_unservable,

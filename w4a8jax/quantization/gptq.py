@@ -45,6 +45,7 @@ _GRID_STEPS = {"full": (-5, -4, -3, -2, -1, 0), "fast": (-4, -3, -2), "none": ()
 _EXACT_FACTORS = {"full": tuple(np.linspace(0.6, 1.0, 7)), "fast": (0.7, 0.8, 0.9), "none": ()}
 
 _ROWS = 1024  # of a block
+_MIN_ROWS = 256  # fewer would not be faster, but compile anew
 _SUB = 16  # columns that are corrected one by one, before the group's others are by a matrix product
 _RETRIES = 4  # each with ten times the damping
 
@@ -164,7 +165,7 @@ def gptq_quantize_weight(
     start = rtn.quantize_weight(w, numerics=numerics, code_min=code_min, importance=_importance(w, factor), name=name)
     n = w.shape[0]
     packed, scale = np.empty_like(start.packed), np.empty_like(start.scale)
-    rows = min(_ROWS, 1 << (n - 1).bit_length())
+    rows = min(_ROWS, max(_MIN_ROWS, 1 << (n - 1).bit_length()))
     sums = np.zeros(5)
     for begin in range(0, n, rows):
         part = slice(begin, min(begin + rows, n))

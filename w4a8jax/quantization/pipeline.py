@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -35,7 +35,12 @@ from ..checkpoints.safetensors_format import TensorInfo, TensorSpec, natural_key
 from ..checkpoints.servable import problems
 from ..checkpoints.writer import CheckpointWriter
 from .progress import QuantizationProgress
-from .summary import LayerSummary, QuantizationSummary
+from .summary import OUTPUT_ERRORS, LayerSummary, QuantizationSummary
+
+if TYPE_CHECKING:
+    from ..calibration.data import CalibrationData
+    from .gptq_layers import GptqQuantizer
+    from .rtn import QuantizedTensor
 
 SUMMARY = "quantization_summary.json"
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -72,6 +77,10 @@ def quantize(
     code_min: int = -7,
     ignore: Sequence[str] = (),
     search: Literal["full", "fast", "none"] = "full",
+    method: Literal["rtn", "gptq"] = "rtn",
+    calibration: CalibrationData | str | Path | None = None,
+    act_order: bool = False,
+    damping: float = 0.01,
     overwrite: bool = False,
     resume: bool = False,
     allow_unservable: bool = False,
@@ -79,7 +88,7 @@ def quantize(
     progress: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> QuantizationSummary:
-    """Quantizes the linear layers of a checkpoint to INT4 in groups of 128, by rounding to nearest.
+    """Quantizes the linear layers of a checkpoint to INT4 in groups of 128, by rounding to nearest or by GPTQ.
 
     Embeddings, output head, norms and routers stay as they are, in bf16. The result is a compressed-tensors checkpoint
     that vLLM loads, with the tokenizer, generation config and chat template of the source. It appears under its name
@@ -93,6 +102,11 @@ def quantize(
         code_min: lowest code, -7 (faster kernel) or -8.
         ignore: further modules to leave in bf16: exact names, or "re:" and a regular expression for the name's start.
         search: effort for the scales.
+        method: "rtn" rounds to nearest; "gptq" makes each layer's output on calibration data right, in the kernel's
+            arithmetic (see gptq.py).
+        calibration: data for "gptq", of `load_calibration`, or a JSONL file to read with its defaults.
+        act_order: GPTQ rounds the columns with the largest inputs first.
+        damping: of GPTQ's Hessians, relative to their mean.
         overwrite: replace an existing checkpoint `dst`, once the new one is whole.
         resume: go on from where an interrupted run of the same job stopped.
         allow_unservable: write it even if vLLM could not serve it.
@@ -102,7 +116,8 @@ def quantize(
 
     Raises:
         W4A8Error: the source is damaged, unknown, already quantized or has NaN or Inf; a layer's K is not a multiple
-            of 128; vLLM could not serve the result; `dst` exists; the disk is full.
+            of 128; vLLM could not serve the result; `dst` exists; the disk is full; calibration data is missing,
+            damaged or not for this model.
         KeyboardInterrupt: finished shards are kept for `resume`.
     """
     start = time.perf_counter()
@@ -114,6 +129,7 @@ def quantize(
         raise W4A8Error(f"{dst}: is or contains the source {src}; give another target")
     _refuse_quantized(reader)
     check_contents(reader.config, reader.tensors, str(reader.path))
+    data = _calibration(reader, method, calibration)
     items, buffers = select(reader.tensors, ignore)
     config = quantized_config(reader.config, items, scheme, ignore)
     planned = {spec.name: spec for item in items for spec in item.specs()}
@@ -130,6 +146,7 @@ def quantize(
         "numerics": numerics,
         "code_min": code_min,
         "search": search,
+        "method": method,
         "skipped": skipped,
         "warnings": tuple(_warnings(reader, items)),
         "parameters": sum(item.info.size for item in items),
@@ -141,7 +158,7 @@ def quantize(
         layers = tuple(LayerSummary.from_note(note) for note in writer.notes)
         return QuantizationSummary(layers=layers, **summary, **more)
 
-    job = {
+    job: dict[str, Any] = {
         "source": reader.identity(),
         "scheme": scheme,
         "numerics": numerics,
@@ -150,6 +167,17 @@ def quantize(
         "ignore": list(ignore),
         "max_shard_bytes": max_shard_bytes,
     }
+    gptq: GptqQuantizer | None = None
+    if data is not None:
+        from .gptq_layers import GptqQuantizer
+
+        summary["calibration"] = data.describe()
+        job |= {"calibration": data.digest(), "act_order": act_order, "damping": damping}
+        modules = [item.module for item in items if item.module is not None]
+        gptq = GptqQuantizer(
+            reader, modules, data, scheme=scheme, numerics=numerics, code_min=code_min, search=search,
+            act_order=act_order, damping=damping, check=_check_finite,
+        )  # fmt: skip
     with CheckpointWriter(
         target,
         [item.specs() for item in items],
@@ -167,6 +195,8 @@ def quantize(
             for item in todo:
                 if item.module is None:
                     _copy(reader, writer, item, seconds)
+                elif gptq is not None:
+                    _quantize_gptq(gptq, writer, item, seconds)
                 else:
                     _quantize(reader, writer, item, seconds, numerics=numerics, code_min=code_min, search=search)
                 bar.done(item)
@@ -248,15 +278,29 @@ def _quantize(
 ) -> None:
     from .rtn import quantize_weight
 
-    packed, scale, shape = item.specs()
     with _timed(seconds, "read"):
         weight = reader.read(item.info.name)
         _check_finite(item.info.name, weight)
     with _timed(seconds, "quantize"):
         result = quantize_weight(weight, name=item.info.name, **options)
+    _write(writer, item, seconds, result)
+
+
+def _quantize_gptq(gptq: GptqQuantizer, writer: CheckpointWriter, item: Item, seconds: dict[str, float]) -> None:
+    with _timed(seconds, "quantize"):
+        found = gptq.quantize(str(item.module))
+    errors = found.output_error, found.rtn_output_error
+    more = {} if found.output_error != found.output_error else dict(zip(OUTPUT_ERRORS, errors, strict=True))
+    _write(writer, item, seconds, found.tensor, fallback=found.fallback, **more)
+
+
+def _write(
+    writer: CheckpointWriter, item: Item, seconds: dict[str, float], result: QuantizedTensor, **more: Any
+) -> None:
+    packed, scale, shape = item.specs()
     bits = 8 * (packed.nbytes + scale.nbytes + shape.nbytes) / item.info.size
     histogram = tuple(int(count) for count in result.histogram)
-    layer = LayerSummary(str(item.module), item.info.shape[:2], bits, float(result.relative_error), histogram)  # type: ignore[arg-type]
+    layer = LayerSummary(str(item.module), item.info.shape[:2], bits, float(result.relative_error), histogram, **more)  # type: ignore[arg-type]
     with _timed(seconds, "write"):
         writer.write(f"{item.module}{PACKED}", np.asarray(result.packed), note=layer.to_note())
         writer.write(f"{item.module}{SCALE}", np.asarray(result.scale))
@@ -303,6 +347,24 @@ def _check_options(scheme: str, numerics: str, code_min: int, search: str) -> No
     ):
         if value not in allowed:
             raise W4A8Error(f"{name}: must be {' or '.join(map(str, allowed))}, found {value!r}")
+
+
+def _calibration(
+    reader: CheckpointReader, method: str, calibration: CalibrationData | str | Path | None
+) -> CalibrationData | None:
+    if method not in ("rtn", "gptq"):
+        raise W4A8Error(f"method: must be rtn or gptq, found {method!r}")
+    if method == "rtn":
+        if calibration is not None:
+            raise W4A8Error("calibration: rounding to nearest uses none; choose method gptq")
+        return None
+    if calibration is None:
+        raise W4A8Error("calibration: gptq needs data: a JSONL file of text, tokens or messages")
+    if isinstance(calibration, str | Path):
+        from ..calibration.load import load_calibration
+
+        return load_calibration(reader, calibration)
+    return calibration
 
 
 def _refuse_quantized(reader: CheckpointReader) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+OUTPUT_ERRORS = ("output_error", "rtn_output_error")
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerSummary:
@@ -20,6 +22,9 @@ class LayerSummary:
         bits_per_weight: of what is stored, scales included.
         relative_error: ||w_kernel - w|| / ||w||, with the weight as the kernel computes it.
         histogram: how often each code -8..7 occurs.
+        output_error: ||(w_kernel - w) x|| / ||w x|| on calibration data, and rtn_output_error: of rounding to nearest;
+            None without calibration.
+        fallback: why it was rounded to nearest though another method was asked for; "" if it was not.
     """
 
     name: str
@@ -27,6 +32,9 @@ class LayerSummary:
     bits_per_weight: float
     relative_error: float
     histogram: tuple[int, ...]
+    output_error: float | None = None
+    rtn_output_error: float | None = None
+    fallback: str = ""
 
     @property
     def parameters(self) -> int:
@@ -34,12 +42,13 @@ class LayerSummary:
 
     def to_note(self) -> list[Any]:
         """A compact JSON form, for the writer's journal."""
-        return [self.name, *self.shape, self.bits_per_weight, self.relative_error, list(self.histogram)]
+        note: list[Any] = [self.name, *self.shape, self.bits_per_weight, self.relative_error, list(self.histogram)]
+        return [*note, self.output_error, self.rtn_output_error, self.fallback]
 
     @classmethod
     def from_note(cls, note: list[Any]) -> LayerSummary:
-        name, n, k, bits, error, histogram = note
-        return cls(name, (n, k), bits, error, tuple(histogram))
+        name, n, k, bits, error, histogram, *more = note
+        return cls(name, (n, k), bits, error, tuple(histogram), *more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +62,7 @@ class QuantizationSummary:
         warnings: what the user should know.
         parameters: of the whole model; source_bytes, target_bytes: its tensors on disk.
         seconds: wall time, "total" and by phase: "read", "quantize", "write", "check".
+        method: "rtn" or "gptq"; calibration: a line on the data that it used.
         resumed_shards: shards that an interrupted run had left; their layers' time is not in `seconds`.
     """
 
@@ -70,6 +80,8 @@ class QuantizationSummary:
     target_bytes: int
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     resumed_shards: int = 0
+    method: str = "rtn"
+    calibration: str = ""
 
     @property
     def quantized_parameters(self) -> int:
@@ -86,6 +98,16 @@ class QuantizationSummary:
         """Root mean square of the layers' relative errors, weighted by their parameters."""
         total = sum(layer.relative_error**2 * layer.parameters for layer in self.layers)
         return (total / max(self.quantized_parameters, 1)) ** 0.5
+
+    @property
+    def output_errors(self) -> tuple[float, float] | None:
+        """Root mean squares of the layers' output errors, and of those of rounding to nearest; None if not known."""
+        pairs = [(x.output_error, x.rtn_output_error) for x in self.layers]
+        known = [(a, b) for a, b in pairs if a is not None and b is not None]
+        if not known:
+            return None
+        first, second = ((sum(e**2 for e in column) / len(known)) ** 0.5 for column in zip(*known, strict=True))
+        return first, second
 
     def record(self) -> dict[str, Any]:
         """What is stored in the checkpoint: all of it that does not depend on where and how fast it was made."""
@@ -106,7 +128,8 @@ class QuantizationSummary:
         kinds: dict[str, list[LayerSummary]] = defaultdict(list)
         for layer in self.layers:
             kinds[layer.name if details else _kind(layer)].append(layer)
-        table = Table(title=f"{self.scheme} {self.numerics}, codes {self.code_min}..7, search {self.search}")
+        method = "" if self.method == "rtn" else f" {self.method}"
+        table = Table(title=f"{self.scheme}{method} {self.numerics}, codes {self.code_min}..7, search {self.search}")
         table.add_column("layer")
         for title in ("count", "N x K", "bits/weight", "error", "worst"):
             table.add_column(title, justify="right")
@@ -122,6 +145,14 @@ class QuantizationSummary:
                 f"{max(x.relative_error for x in layers):.4f}",
             )
         console.print(table)
+        if self.output_errors:
+            error, nearest = self.output_errors
+            console.print(f"calibration: {self.calibration}", markup=False, highlight=False)
+            console.print(f"error of layers' outputs {error:.4f}, rounded to nearest {nearest:.4f}", highlight=False)
+        for layer in self.layers:
+            if layer.fallback:
+                text = f"warning: {layer.name}: rounded to nearest: {layer.fallback}"
+                console.print(text, markup=False, highlight=False)
         for reason, count in Counter(self.skipped.values()).items():
             example = next(name for name, why in self.skipped.items() if why == reason)
             more = f" and {count - 1} more" if count > 1 else ""

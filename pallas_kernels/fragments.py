@@ -51,14 +51,14 @@ FLAGS = 1024  # more than blocks times warpgroups
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FragmentWeight:
-    """A weight [N, K] for the dense kernel.
+    """A weight [N, K] for the dense kernel, or one for each expert, [E, N, K], for the grouped one.
 
     Attributes:
-        words: uint32 [N/64, K/128, 4, 256], codes in fragment order.
-        scales: [N/64, K/128, 64]. For "lut" numerics uint8, the group scales' e4m3 bytes, not negative, row
+        words: uint32 [..., N/64, K/128, 4, 256], codes in fragment order.
+        scales: [..., N/64, K/128, 64]. For "lut" numerics uint8, the group scales' e4m3 bytes, not negative, row
             16 w + 8 h + r of a tile (r in 0..7) at 16 w + 2 r + h; for "exact" fp32, scales times 2^9, row by row;
             for W4A16 bf16, in the order of "lut".
-        channel_scale: fp32 [N].
+        channel_scale: fp32 [..., N].
         flags: int32 [FLAGS], zeros: where blocks of the kernel that share a tile signal each other. The kernel leaves
             zeros, so that it needs no clearing before each run.
         form: how words hold codes; static.
@@ -75,34 +75,41 @@ class FragmentWeight:
         """Repacks a weight.
 
         Args:
-            w: [N, K], in groups of 128; for "w4a16" in "exact" numerics, its scales bf16.
+            w: [N, K] or [E, N, K], in groups of 128; for "w4a16" in "exact" numerics, its scales bf16.
             scheme: the product that it is for: FP8 activations ("w4a8") or bf16 ones ("w4a16").
 
         Raises:
             W4A8Error: its group size, shape, numerics or scales are not the kernel's.
         """
-        if len(w.shape) != 2 or w.group_size != TILE_COLUMNS:
-            raise W4A8Error(f"kernel: expected [N, K], groups of 128; found {list(w.shape)}, groups of {w.group_size}")
-        if w.shape[0] % TILE_ROWS or w.shape[1] % TILE_COLUMNS:
+        *experts, n, k = w.shape
+        if len(experts) > 1 or w.group_size != TILE_COLUMNS:
+            expected = "[N, K] or [E, N, K], groups of 128"
+            raise W4A8Error(f"kernel: expected {expected}; found {list(w.shape)}, groups of {w.group_size}")
+        if n % TILE_ROWS or k % TILE_COLUMNS:
             raise W4A8Error(f"kernel: N must be a multiple of 64 and K of 128, found {list(w.shape)}")
-        flags = jnp.zeros(FLAGS, jnp.int32)
+        # Rows of experts follow each other, as if they were one weight's.
+        packed, group_scale = (v.reshape(-1, v.shape[-1]) for v in (w.packed, w.group_scale))
         if scheme == "w4a16":
             if w.numerics != "exact" or w.group_scale.dtype != jnp.bfloat16:
                 found = f"{w.numerics} numerics, {w.group_scale.dtype} scales"
                 raise W4A8Error(f"kernel: w4a16 takes exact numerics with bf16 scales, found {found}")
-            return cls(_repack(w.packed, "bf16"), fragment_scales(w.group_scale), w.channel_scale, flags, "bf16")
-        form = _FORMS[w.numerics, w.code_min]
-        if w.numerics == "lut":
-            scales = jax.lax.bitcast_convert_type(fragment_scales(w.group_scale), jnp.uint8)
+            form: Form = "bf16"
+            scales = fragment_scales(group_scale)
+        elif w.numerics == "lut":
+            form = _FORMS[w.numerics, w.code_min]
+            scales = jax.lax.bitcast_convert_type(fragment_scales(group_scale), jnp.uint8)
         else:
-            scales = 2.0**9 * w.group_scale.astype(jnp.float32)
-            scales = scales.reshape(w.shape[0] // TILE_ROWS, TILE_ROWS, -1).transpose(0, 2, 1)
-        return cls(_repack(w.packed, form), scales, w.channel_scale, flags, form)
+            form = _FORMS[w.numerics, w.code_min]
+            scales = 2.0**9 * group_scale.astype(jnp.float32)
+            scales = scales.reshape(-1, TILE_ROWS, k // TILE_COLUMNS).transpose(0, 2, 1)
+        words, scales = (v.reshape(*experts, n // TILE_ROWS, *v.shape[1:]) for v in (_repack(packed, form), scales))
+        return cls(words, scales, w.channel_scale, jnp.zeros(FLAGS, jnp.int32), form)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """[N, K]."""
-        return self.words.shape[0] * TILE_ROWS, self.words.shape[1] * TILE_COLUMNS
+    def shape(self) -> tuple[int, ...]:
+        """[N, K] or [E, N, K]."""
+        *experts, n_tiles, k_tiles, _, _ = self.words.shape
+        return *experts, n_tiles * TILE_ROWS, k_tiles * TILE_COLUMNS
 
     @property
     def scheme(self) -> Scheme:

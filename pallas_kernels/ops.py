@@ -14,6 +14,8 @@ from .activations import quantize_activations
 from .dense_gemm import dense_gemm
 from .errors import W4A8Error
 from .fragments import FragmentWeight, Scheme
+from .group_schedule import ALIGNMENT
+from .grouped_gemm import MOST_GROUPS, grouped_gemm
 from .rounding import round_to
 from .weight_format import GROUP_SIZE, W4Weight
 
@@ -26,10 +28,13 @@ def backend() -> Literal["hopper", "reference"]:
 def prepare_weight(w: W4Weight, scheme: Scheme = "w4a8") -> W4Weight | FragmentWeight:
     """The weight in the layout that the default device's kernel takes; as it is where none takes it.
 
-    Converted are weights in groups of 128, N and K multiples of 128; for `w4a16_matmul` ("w4a16") only those in "exact"
-    numerics with bf16 scales. Worth doing once, when a model is loaded.
+    Converted are weights [N, K], and [E, N, K] of experts, in groups of 128, N and K multiples of 128; for
+    `w4a16_matmul` ("w4a16") only [N, K] in "exact" numerics with bf16 scales. Worth doing once, when a model is loaded.
     """
-    fits = len(w.shape) == 2 and w.group_size == GROUP_SIZE and tuning.takes(*w.shape)
+    *experts, n, k = w.shape
+    fits = w.group_size == GROUP_SIZE and tuning.takes(n, k)
+    # Of experts, only `w4a8_ragged_matmul` takes weights.
+    fits = fits and (not experts or (len(experts) == 1 and scheme == "w4a8" and experts[0] <= MOST_GROUPS))
     if scheme == "w4a16":
         fits = fits and w.numerics == "exact" and w.group_scale.dtype == jnp.bfloat16
     return _to_fragments(w, scheme) if fits and tuning.hopper() else w
@@ -79,13 +84,17 @@ def w4a16_matmul(
 
 
 def w4a8_ragged_matmul(
-    x: Float[Array, "M K"], w: W4Weight, group_sizes: Int[Array, "E"], *, out_dtype: Any = jnp.bfloat16
+    x: Float[Array, "M K"],
+    w: W4Weight | FragmentWeight,
+    group_sizes: Int[Array, "E"],
+    *,
+    out_dtype: Any = jnp.bfloat16,
 ) -> Float[Array, "M N"]:
     """`w4a8_matmul` of consecutive groups of rows, each with its own weight, as `jax.lax.ragged_dot`.
 
     Args:
         x: [M, K]; rows are sorted by group.
-        w: [E, N, K].
+        w: [E, N, K]; a `FragmentWeight`, from `prepare_weight`, runs on the grouped kernel, and has no gradient.
         group_sizes: int [E], rows of each group; their sum may be less than M, and rows past it give zeros.
         out_dtype: dtype of the result, rounded once from fp32.
 
@@ -93,6 +102,8 @@ def w4a8_ragged_matmul(
         W4A8Error: shapes or dtypes do not fit.
     """
     _check_ragged(x, w, group_sizes, "w4a8")
+    if isinstance(w, FragmentWeight):
+        return _grouped_kernel(x, w, group_sizes.astype(jnp.int32)).astype(out_dtype)
     return round_to(reference.ragged_matmul(x, w, group_sizes), out_dtype)
 
 
@@ -104,7 +115,7 @@ def w4a16_ragged_matmul(
     return round_to(reference.ragged_matmul_w4a16(x, w, group_sizes), out_dtype)
 
 
-def _check_ragged(x: Array, w: W4Weight, group_sizes: Array, scheme: Scheme) -> None:
+def _check_ragged(x: Array, w: W4Weight | FragmentWeight, group_sizes: Array, scheme: Scheme) -> None:
     _check(x, w, 3, scheme)
     if x.ndim != 2:
         raise W4A8Error(f"x: expected [M, K], found {list(x.shape)}")
@@ -114,7 +125,7 @@ def _check_ragged(x: Array, w: W4Weight, group_sizes: Array, scheme: Scheme) -> 
 
 
 def _check(x: Array, w: W4Weight | FragmentWeight, rank: int, scheme: Scheme) -> None:
-    if not (isinstance(w, W4Weight) or (rank == 2 and isinstance(w, FragmentWeight))):
+    if not isinstance(w, W4Weight | FragmentWeight):
         raise W4A8Error(f"w: expected a W4Weight, found {type(w).__name__}")
     if isinstance(w, FragmentWeight) and w.scheme != scheme:
         raise W4A8Error(f"w: expected a weight prepared for {scheme}, found one for {w.scheme}")
@@ -134,8 +145,9 @@ def _kernel(x: Array, w: FragmentWeight) -> Array:
     x, token_scale = quantize_activations(x) if w.scheme == "w4a8" else (round_to(x, jnp.bfloat16), None)
     if m > 8 and m % 8:
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))  # the copy engine's tiles are of 8 tokens
-    out = dense_gemm(x, token_scale, w, tuning.choose(m, *w.shape, w.form))
-    return out[:m].reshape(*lead, w.shape[0])
+    n, k = w.shape
+    out = dense_gemm(x, token_scale, w, tuning.choose(m, n, k, w.form))
+    return out[:m].reshape(*lead, n)
 
 
 def _kernel_forward(x: Array, w: FragmentWeight) -> tuple[Array, None]:
@@ -143,6 +155,19 @@ def _kernel_forward(x: Array, w: FragmentWeight) -> tuple[Array, None]:
 
 
 _kernel.defvjp(_kernel_forward, lambda saved, g: (g, saved))
+
+
+@jax.custom_vjp
+def _grouped_kernel(x: Array, w: FragmentWeight, group_sizes: Array) -> Array:
+    m, (experts, n, k) = x.shape[0], w.shape
+    if m == 0:
+        return jnp.zeros((0, n), jnp.bfloat16)
+    x, token_scale = quantize_activations(jnp.pad(x, ((0, -m % ALIGNMENT), (0, 0))))
+    config = tuning.choose_grouped(m, experts, n, k, w.form)
+    return grouped_gemm(x, token_scale, w, group_sizes, config)[:m]
+
+
+_grouped_kernel.defvjp(lambda x, w, _: _kernel_forward(x, w), lambda saved, g: (g, saved, g))
 
 
 @jax.custom_vjp

@@ -64,6 +64,18 @@ def choose(m: int, n: int, k: int, form: str) -> TuningConfig:
     return heuristic(m, n, k, form)
 
 
+def choose_grouped(m: int, experts: int, n: int, k: int, form: str) -> TuningConfig:
+    """The configuration for M rows in groups, one for each expert, and weights [N, K] in a form.
+
+    It is the forced one, or `heuristic_grouped`'s: tables know dense products only.
+
+    Raises:
+        W4A8Error: the forced configuration does not fit.
+    """
+    forced = _forced.value
+    return forced if forced is not None else heuristic_grouped(m, experts, n, k, form)
+
+
 @contextmanager
 def force_config(config: TuningConfig | None) -> Iterator[None]:
     """Within it, kernels traced by this thread use this configuration; None gives the choice back.
@@ -118,6 +130,34 @@ def _heuristic_bf16(m: int, n: int, k: int) -> TuningConfig:
     else:
         config = TuningConfig(tokens, 2, 1, {8: 16, 16: 16, 32: 8, 64: 8, 128: 4}[tokens])
     return _share(config, m, n, k, 0.7e9)[1]
+
+
+def heuristic_grouped(m: int, experts: int, n: int, k: int, form: str) -> TuningConfig:
+    """A configuration for M rows in groups, by the rows that an expert gets if they are spread evenly. Not measured.
+
+    Tiles begin at multiples of 8, groups anywhere: tiles have room for 7 rows more, so that a small group has one tile,
+    and its weights are read once.
+    """
+    most = {"subnormal": 64, "subnormal_8": 32}.get(form, 128)
+    options = [(TuningConfig(tokens, 2, 1, stages), 0.8) for tokens, stages in _GROUPED_STAGES if tokens <= most]
+    if n % 256 == 0:
+        stages_of = {16: 8, 32: 8, 64: 6, 128: 4}
+        options += [(TuningConfig(tokens, 2, 2, stages_of[tokens]), 1.0) for tokens in stages_of if tokens <= most]
+        if k % 256 == 0 and most == 128:
+            options += [(TuningConfig(tokens, 1, 2, 4), 0.95) for tokens in (192, 256)]
+    sizes = [max(1.0, m / experts * spread) for spread in (0.5, 1, 1.5)]
+
+    def cost(option: tuple[TuningConfig, float]) -> float:
+        config, rate = option
+        tiles = sum(-(-(size + 7) // config.tile_tokens) for size in sizes) / len(sizes)
+        waves = max(1.0, tiles * min(m, experts) * (n // config.tile_rows) / config.ctas)
+        # Weights are read and dequantized for few tokens all the same.
+        return waves * config.tile_rows * max(config.tile_tokens + 24, 64) / rate + config.tile_tokens
+
+    return min(options, key=cost)[0]
+
+
+_GROUPED_STAGES = ((16, 16), (32, 12), (64, 8), (128, 6))
 
 
 def _share(config: TuningConfig, m: int, n: int, k: int, products: float) -> tuple[float, TuningConfig]:

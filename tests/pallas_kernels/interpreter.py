@@ -1,4 +1,4 @@
-"""Runs the dense kernel on a CPU, in JAX's interpreter of Mosaic GPU kernels, with its race detection.
+"""Runs the dense and the grouped kernel on a CPU, in JAX's interpreter of Mosaic GPU kernels, with its race detection.
 
 The interpreter models warpgroups, barriers, copies, both kinds of memory, and clusters, and runs the grid block after
 block. It knows neither inline PTX nor wgmma with an operand in registers. So the functions of the kernel that are made
@@ -25,10 +25,12 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu import primitives
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, shared_memory
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dense_gemm
+from pallas_kernels import dense_gemm, grouped_gemm, main_loop
 from pallas_kernels.fragments import FLAGS
+from pallas_kernels.group_schedule import GroupSchedule
 from pallas_kernels.register_dequantize import table_words
 
 Interpreter: Any = jaxpr_interpret.JaxprInterpreter
@@ -42,11 +44,15 @@ LIMIT = 30
 
 
 def run(monkeypatch: pytest.MonkeyPatch, function: Callable[..., jax.Array], *args: Any) -> tuple[np.ndarray, bool]:
-    """The result of a function that calls the dense kernel, and whether a race was found, which is printed then."""
+    """The result of a function that calls a kernel, and whether a race was found, which is printed then."""
     with monkeypatch.context() as patch:
         _extend_interpreter(patch)
-        for stand_in in (dequantize_tile, build_tables, load_tables, store_partial, add_partials, signal, wait):
+        for stand_in in (dequantize_tile, build_tables, load_tables):
+            patch.setattr(main_loop, stand_in.__name__, stand_in)
+        for stand_in in (store_partial, add_partials, signal, wait):
             patch.setattr(dense_gemm, stand_in.__name__, stand_in)
+        for stand_in in (scan, total, store_rows):
+            patch.setattr(grouped_gemm, stand_in.__name__, stand_in)
         parameters = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=COPIES)
         deadline = threading.Timer(LIMIT, _give_up)
         deadline.start()
@@ -137,6 +143,28 @@ def signal(counter: Any) -> None:
 def wait(counter: Any, count: Any) -> None:
     # Lower blocks have run. That it was they who signalled, the result says, and the counters' ends.
     counter[...] = counter[...] - count
+
+
+def scan(sizes: Any, rows: Any, before: Any, sums: Any, schedule: GroupSchedule, m: int) -> None:
+    size = jnp.maximum(sizes[...], 0)
+    ends = jnp.minimum(jnp.cumsum(size), m)
+    firsts = jnp.minimum(jnp.cumsum(size) - size, m)
+    tiles = jnp.where(ends > firsts, -(-(ends - firsts // 8 * 8) // schedule.tile_tokens), 0)
+    past = schedule.table_size - schedule.groups
+    rows[...] = jnp.concatenate([firsts, jnp.full(past, ends[-1])]).astype(jnp.int32)
+    before[...] = jnp.concatenate([jnp.cumsum(tiles) - tiles, jnp.full(past, jnp.sum(tiles))]).astype(jnp.int32)
+
+
+def total(table: Any) -> Any:
+    return table[table.shape[0] - 1]
+
+
+def store_rows(values: jax.Array, out: Any, token: Any, column: Any, low: Any, high: Any) -> None:
+    for i in range(8):
+
+        @pl.when((low <= token + i) & (token + i < high))
+        def _(i: int = i) -> None:
+            out[token + i, pl.ds(column, 64)] = values[:, i]
 
 
 # Extensions of the interpreter

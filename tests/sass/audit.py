@@ -43,7 +43,11 @@ def audit(target: str, arguments: dict[str, Any]) -> Findings:
 
 def audit_case(case: Any) -> Findings:
     """Of a `kernel_cases.Case`."""
-    return audit("kernel_cases:dense", dataclasses.asdict(case))
+    arguments = dataclasses.asdict(case)
+    if case.experts:
+        return audit("kernel_cases:grouped", arguments)
+    del arguments["experts"]
+    return audit("kernel_cases:dense", arguments)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels import W4Weight, tuning, tuning_tables
 from pallas_kernels.dense_gemm import TuningConfig, dense_gemm
 from pallas_kernels.fragments import FragmentWeight
+from pallas_kernels.grouped_gemm import grouped_gemm
 
 TABLES = Path(tuning_tables.__file__).with_name("tuned")
 FORMS = [  # (scheme, numerics, code_min)
@@ -24,6 +25,9 @@ FORMS = [  # (scheme, numerics, code_min)
 TOKENS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
 OUTPUTS = (384, 4096, 12288, 14336, 73728)
 INPUTS = (36864, 12288, 4096, 2048, 768)
+# Rows of the grouped kernel, and [E, N, K] of its weights.
+ROWS = (8, 64, 512, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
+EXPERTS = ((8, 28672, 4096), (128, 1536, 2048), (128, 2048, 768), (256, 384, 4096))
 # With fewer K steps, the compiler may unroll them all, and there is no main loop to audit.
 LEAST_INPUTS = 4096
 
@@ -39,17 +43,19 @@ class Case:
     m: int
     n: int
     k: int
+    experts: int = 0  # of the grouped kernel
 
     def __str__(self) -> str:
         shown = [f"{f.name}={v}" for f in dataclasses.fields(self.config) if (v := getattr(self.config, f.name))]
         form = self.scheme if self.scheme == "w4a16" else f"{self.numerics}{self.code_min}"
-        return f"{form}-{'-'.join(shown)}"
+        return f"{'grouped-' * (self.experts > 0)}{form}-{'-'.join(shown)}"
 
 
-def abstract_weight(scheme: str, numerics: str, code_min: int, n: int, k: int) -> FragmentWeight:
-    """A prepared weight without its numbers."""
-    packed = jax.ShapeDtypeStruct((n, k // 8), jnp.int32)
-    scale = jax.ShapeDtypeStruct((n, k // 128), jnp.bfloat16)
+def abstract_weight(scheme: str, numerics: str, code_min: int, *shape: int) -> FragmentWeight:
+    """A prepared weight [N, K] or [E, N, K] without its numbers."""
+    *lead, k = shape
+    packed = jax.ShapeDtypeStruct((*lead, k // 8), jnp.int32)
+    scale = jax.ShapeDtypeStruct((*lead, k // 128), jnp.bfloat16)
 
     def prepare(packed: jax.Array, scale: jax.Array) -> FragmentWeight:
         w = W4Weight.from_checkpoint(packed, scale, numerics=numerics, code_min=code_min)
@@ -73,6 +79,20 @@ def dense(
     return product, (*tokens, w)
 
 
+def grouped(
+    scheme: str, numerics: str, code_min: int, config: dict[str, Any], m: int, n: int, k: int, experts: int
+) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
+    """The grouped kernel and its abstract arguments."""
+    w = abstract_weight(scheme, numerics, code_min, experts, n, k)
+    m = -(-m // 8) * 8
+    x, token_scale = jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((m, 1), jnp.float32)
+
+    def product(x: jax.Array, token_scale: jax.Array, w: FragmentWeight, sizes: jax.Array) -> jax.Array:
+        return grouped_gemm(x, token_scale, w, sizes, TuningConfig(**config))
+
+    return product, (x, token_scale, w, jax.ShapeDtypeStruct((experts,), jnp.int32))
+
+
 def all_cases() -> list[Case]:
     """Every pair of form and configuration that may be chosen, each at one of the shapes that it is chosen for."""
     found: dict[tuple[Any, ...], Case] = {}
@@ -80,6 +100,17 @@ def all_cases() -> list[Case]:
         form = abstract_weight(scheme, numerics, code_min, 384, 768).form
         for config, m, n, k in [*_from_heuristic(form), *_from_tables(form)]:
             case = Case(scheme, numerics, code_min, config, m, n, max(k, LEAST_INPUTS))
+            found.setdefault((form, config), case)
+    return list(found.values()) + _grouped_cases()
+
+
+def _grouped_cases() -> list[Case]:
+    found: dict[tuple[Any, ...], Case] = {}
+    for scheme, numerics, code_min in FORMS[:4]:
+        form = abstract_weight(scheme, numerics, code_min, 384, 768).form
+        for m, (experts, n, k) in itertools.product(ROWS, EXPERTS):
+            config = tuning.heuristic_grouped(m, experts, n, k, form)
+            case = Case(scheme, numerics, code_min, config, m, n, max(k, LEAST_INPUTS), experts)
             found.setdefault((form, config), case)
     return list(found.values())
 

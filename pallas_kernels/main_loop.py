@@ -1,0 +1,273 @@
+"""What the dense and the grouped kernel share: the pipeline, the main loop, and the staging of a tile of the output.
+
+A memory warpgroup fills slots of shared memory, one K step of 128 each; compute warpgroups consume them. `dense_gemm`
+says what each does when, and why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from .fragments import TILE_COLUMNS, TILE_ROWS, Form
+from .register_dequantize import WORDS, build_tables, dequantize_tile, load_tables, scale_layout, table_words
+
+if TYPE_CHECKING:
+    from .dense_gemm import TuningConfig
+
+# Registers of a thread in compute and memory warpgroups, by the number of compute warpgroups. One has all it can use.
+_REGISTERS = {2: (232, 40), 3: (160, 32)}
+# Their codes do not hold the groups' scales, which multiply sums in fp32.
+SUMS_BY_GROUP = ("subnormal", "subnormal_8")
+# Names of `scratch_types` that are `Pipeline`'s; the last two only where words need tables.
+_PIPELINE = ("words_smem", "scales_smem", "x_smem", "full", "consumed", "tables_smem", "scales_full")
+
+
+def scratch_types(config: TuningConfig, form: Form, scales_dtype: Any, x_dtype: Any) -> dict[str, Any]:
+    """Shared memory and barriers of a kernel."""
+    stages, blocks = config.stages, config.row_blocks * config.warpgroups
+    arrivals: dict[str, Any] = {"num_barriers": stages, "num_arrivals": config.warpgroups}
+    tables: dict[str, Any] = {
+        "tables_smem": plgpu.SMEM((stages, blocks, TILE_ROWS, table_words(form)), jnp.uint32),
+        "scales_full": plgpu.Barrier(num_barriers=stages),
+    }
+    token_scales: dict[str, Any] = {
+        "token_scale_smem": plgpu.SMEM((config.warpgroups, pl.cdiv(config.tile_tokens, 32) * 32), jnp.float32),
+        "token_scale_full": plgpu.Barrier(num_barriers=config.warpgroups),
+    }
+    x_tile = (stages, config.tile_tokens, TILE_COLUMNS)
+    return {
+        "words_smem": plgpu.SMEM((stages, blocks, 4, 256), jnp.uint32),
+        "scales_smem": plgpu.SMEM((stages, blocks, TILE_ROWS), scales_dtype),
+        "x_smem": plgpu.SMEM(x_tile, x_dtype, transforms=_tiled(128 // jnp.dtype(x_dtype).itemsize)),
+        **(token_scales if form != "bf16" else {}),
+        "out_smem": plgpu.SMEM((blocks, config.staged_tokens, TILE_ROWS), jnp.bfloat16, transforms=_tiled(64)),
+        "full": plgpu.Barrier(num_barriers=stages, num_arrivals=3),
+        "consumed": plgpu.ClusterBarrier(collective_axes=("rank",), **arrivals)
+        if config.cluster > 1
+        else plgpu.Barrier(**arrivals),
+        **(tables if table_words(form) else {}),
+    }
+
+
+def _tiled(minor: int) -> tuple[plgpu.Transform, ...]:
+    return plgpu.TilingTransform((8, minor)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+
+
+def set_registers(config: TuningConfig, *, compute: bool) -> None:
+    """Gives compute warpgroups the registers that the memory warpgroup does not need."""
+    if config.warpgroups > 1:
+        registers = _REGISTERS[config.warpgroups]
+        plgpu.set_max_registers(registers[not compute], action="increase" if compute else "decrease")
+
+
+def row_scales(channel_scale_gmem: Any, first_block: Any, my_blocks: list[Any]) -> list[Array]:
+    """Channel scales of a warpgroup's row blocks."""
+    layout = plgpu.Layout.WGMMA.reduce(1)
+    rows = [pl.ds((first_block + block) * TILE_ROWS, TILE_ROWS) for block in my_blocks]
+    return [plgpu.load(channel_scale_gmem.at[r], layout=layout, optimized=False) for r in rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Slots of shared memory between the memory warpgroup and the compute warpgroups.
+
+    `done`, of its methods, counts the K steps of 128 before a tile's; `i` those before a step.
+    """
+
+    config: TuningConfig
+    form: Form
+    words_smem: Any
+    scales_smem: Any
+    x_smem: Any
+    full: Any
+    consumed: Any
+    tables_smem: Any = None
+    scales_full: Any = None
+
+    @classmethod
+    def of(cls, config: TuningConfig, form: Form, scratch: dict[str, Any]) -> Pipeline:
+        return cls(config, form, **{name: scratch[name] for name in _PIPELINE if name in scratch})
+
+    @property
+    def lag(self) -> int:
+        """Steps between a copy and the making of its tables: so many are in flight.
+
+        With stages - 1, what frees a slot would wait for that slot; with fewer, tables are ready some steps before they
+        are needed.
+        """
+        stages = self.config.stages
+        return min(stages - 2, stages - min(4, (stages + 1) // 2))
+
+    def _following(self, slot: Any) -> Any:
+        stages = self.config.stages
+        if stages & (stages - 1) == 0:
+            return (slot + 1) & (stages - 1)
+        return jnp.where(slot == stages - 1, 0, slot + 1)
+
+    # The compute warpgroups' side
+
+    def products(self, my_blocks: list[Any], low: Any, high: Any, done: Any) -> list[Array]:
+        """A tile's sums over steps `low` to `high` (pairs of K steps for one row block), fp32, one for each block."""
+        config = self.config
+        accumulators = [plgpu.ACC((TILE_ROWS, config.tile_tokens))] * config.row_blocks
+        if self.form in SUMS_BY_GROUP:
+            zero = jnp.zeros((TILE_ROWS, config.tile_tokens), jnp.float32)
+            zeros = [plgpu.layout_cast(zero, plgpu.Layout.WGMMA) for _ in my_blocks]
+
+            def step(_: Any, carry: Any) -> Any:
+                slot, sums = carry
+                return self._following(slot), self._multiply_exactly(my_blocks, accumulators, sums, slot)
+
+            return lax.fori_loop(low, high, step, (lax.rem(done, config.stages), zeros))[1]
+
+        def accumulate(*accumulators: Any) -> list[Array]:
+            def step(_: Any, before: Any) -> Any:
+                return self._multiply(my_blocks, accumulators, self._following(before), before)
+
+            slot = self._multiply(my_blocks, accumulators, lax.rem(done, config.stages), None)
+            slot = lax.fori_loop(low + 1, high, step, slot)
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(self.consumed.at[slot])
+            return [accumulator[...] for accumulator in accumulators]
+
+        return pl.run_scoped(accumulate, *accumulators)
+
+    def _multiply(self, my_blocks: list[Any], accumulators: Any, slot: Any, before: Any) -> Any:
+        """One step, or two; the slot of the last."""
+        for ahead in range(self.config.steps_at_once):
+            if ahead:
+                before, slot = slot, self._following(slot)
+            plgpu.barrier_wait(self.full.at[slot])
+            for i, (block, accumulator) in enumerate(zip(my_blocks, accumulators, strict=True)):
+                words = plgpu.load(self.words_smem.at[slot, block], layout=WORDS)
+                tables_smem = self.tables_smem if table_words(self.form) else self.scales_smem
+                tables = load_tables(tables_smem.at[slot, block], self.form)
+                plgpu.wgmma(accumulator, dequantize_tile(words, tables, self.form), self.x_smem.at[slot].T)
+                plgpu.wgmma_wait(1)
+                if i == 0 and before is not None:
+                    plgpu.barrier_arrive(self.consumed.at[before])
+        return slot
+
+    def _multiply_exactly(self, my_blocks: list[Any], accumulators: list[Any], sums: Any, slot: Any) -> list[Array]:
+        """Adds a step's products times the scales of its groups, which codes do not hold."""
+        plgpu.barrier_wait(self.full.at[slot])
+
+        def products(*parts: Any) -> list[Array]:
+            for block, part in zip(my_blocks, parts, strict=True):
+                words = plgpu.load(self.words_smem.at[slot, block], layout=WORDS)
+                plgpu.wgmma(part, dequantize_tile(words, [], self.form), self.x_smem.at[slot].T)
+            return [part[...] for part in parts]
+
+        parts = pl.run_scoped(products, *accumulators)
+        layout = plgpu.Layout.WGMMA.reduce(1)
+        scales = [plgpu.load(self.scales_smem.at[slot, block], layout=layout) for block in my_blocks]
+        plgpu.barrier_arrive(self.consumed.at[slot])
+        return [
+            total + part * lax.broadcast_in_dim(scale, part.shape, (0,))
+            for total, part, scale in zip(sums, parts, scales, strict=True)
+        ]
+
+    # The memory warpgroup's side
+
+    def fill(self, i: Any, words: Any, scales: Any, x: Any) -> None:
+        """Starts the copies of a step, from these slices of global memory; makes tables of an earlier one."""
+        config = self.config
+        slot = lax.rem(i, config.stages)
+        uses_tables = table_words(self.form) > 0
+        pl.when(i >= config.stages)(lambda: plgpu.barrier_wait(self.consumed.at[slot]))
+        plgpu.copy_gmem_to_smem(words, self.words_smem.at[slot], self.full.at[slot])
+        arrived = self.scales_full if uses_tables else self.full
+        plgpu.copy_gmem_to_smem(scales, self.scales_smem.at[slot], arrived.at[slot])
+        together = "rank" if config.cluster > 1 else None
+        plgpu.copy_gmem_to_smem(x, self.x_smem.at[slot], self.full.at[slot], collective_axes=together)
+        if uses_tables:
+            pl.when(i >= self.lag)(lambda: self._make_tables(i - self.lag))
+
+    def finish(self, steps: Any) -> None:
+        """After the last of so many steps."""
+        stages = self.config.stages
+        if table_words(self.form):
+            pl.loop(jnp.maximum(steps - self.lag, 0), steps)(self._make_tables)
+        if self.config.cluster > 1:
+            # The other block of the cluster still signals this one's barriers.
+            pl.loop(jnp.maximum(steps - stages, 0), steps)(
+                lambda i: plgpu.barrier_wait(self.consumed.at[lax.rem(i, stages)])
+            )
+
+    def _make_tables(self, i: Any) -> None:
+        slot = lax.rem(i, self.config.stages)
+        plgpu.barrier_wait(self.scales_full.at[slot])
+        scales = plgpu.load(
+            self.scales_smem.at[slot], layout=scale_layout(self.config.row_blocks * self.config.warpgroups)
+        )
+        self.tables_smem[slot] = build_tables(scales, self.form)
+        plgpu.barrier_arrive(self.full.at[slot])
+
+
+@dataclasses.dataclass(frozen=True)
+class Staging:
+    """A warpgroup's part of a tile on its way to the output, through shared memory."""
+
+    config: TuningConfig
+    out_smem: Any
+    warpgroup: Any
+    token_scale_smem: Any = None
+    token_scale_full: Any = None
+
+    @classmethod
+    def of(cls, config: TuningConfig, scratch: dict[str, Any], warpgroup: Any) -> Staging:
+        return cls(config, scratch["out_smem"], warpgroup, *(scratch.get(f"token_scale_{x}") for x in ("smem", "full")))
+
+    def fetch_token_scales(self, token_scale_gmem: Any, first_token: Any) -> None:
+        """Starts the copy of a tile's token scales, if there are such."""
+        if self.token_scale_smem is not None:
+            plgpu.copy_gmem_to_smem(
+                token_scale_gmem.at[pl.ds(first_token, self.config.tile_tokens)],
+                self.token_scale_smem.at[self.warpgroup, pl.ds(0, self.config.tile_tokens)],
+                self.token_scale_full.at[self.warpgroup],
+            )
+
+    def await_token_scales(self) -> None:
+        if self.token_scale_smem is not None:
+            plgpu.barrier_wait(self.token_scale_full.at[self.warpgroup])
+
+    def store(
+        self,
+        my_blocks: list[Any],
+        scales: list[Array],
+        results: Any,
+        copy: Callable[[Any, int], None],
+    ) -> None:
+        """Scales a tile, and stages it, in pieces: `copy(block, first)` starts the copy of a piece's block."""
+        staged_tokens = self.config.staged_tokens
+        part = next(p for p in (32, 24, 16, 8) if staged_tokens % p == 0)
+        for first in range(0, self.config.tile_tokens, staged_tokens):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for block, scale_n, result in zip(my_blocks, scales, results, strict=True):
+                # In parts, so that few token scales are in registers at a time.
+                for start in range(first, first + staged_tokens, part):
+                    values = self._scaled(result[:, start : start + part], scale_n, start, part).astype(jnp.bfloat16)
+                    self.out_smem.at[block, pl.ds(start - first, part)].T[...] = plgpu.layout_cast(
+                        values, plgpu.Layout.WGMMA_TRANSPOSED
+                    )
+            plgpu.commit_smem()
+            for block in my_blocks:
+                copy(block, first)
+
+    def _scaled(self, result: Any, scale_n: Any, start: int, part: int) -> Any:
+        if self.token_scale_smem is not None:
+            scale_m = plgpu.load(
+                self.token_scale_smem.at[self.warpgroup, pl.ds(start, part)],
+                layout=plgpu.Layout.WGMMA.reduce(0),
+                optimized=False,
+            )
+            result = lax.broadcast_in_dim(scale_m, result.shape, (1,)) * result
+        return lax.broadcast_in_dim(scale_n, result.shape, (0,)) * result

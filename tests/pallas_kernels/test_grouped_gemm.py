@@ -1,0 +1,91 @@
+"""The grouped kernel: the op that calls it, and its products on a Hopper GPU."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_weights import random_checkpoint, weight_of
+from test_dense_gemm import gpu
+from test_grouped_interpreted import expected_of
+
+from pallas_kernels import W4A8Error, ops, quantize_activations, tuning, w4a8_ragged_matmul
+from pallas_kernels.fragments import FragmentWeight
+
+FORMS = [("lut", -7), ("lut", -8), ("exact", -7), ("exact", -8)]
+
+
+@pytest.mark.parametrize(("numerics", "code_min"), FORMS)
+def test_experts_are_prepared_as_one_by_one(numerics: str, code_min: int) -> None:
+    w = weight_of(*random_checkpoint(0, 3, 192, 256, code_min=code_min), numerics=numerics, code_min=code_min)
+    prepared = FragmentWeight.from_weight(w)
+    assert prepared.shape == (3, 192, 256)
+    for e in range(3):
+        one = FragmentWeight.from_weight(jax.tree.map(lambda leaf, e=e: leaf[e], w))
+        for name in ("words", "scales", "channel_scale"):
+            np.testing.assert_array_equal(getattr(prepared, name)[e], getattr(one, name))
+
+
+def test_experts_are_prepared_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = weight_of(*random_checkpoint(0, 2, 128, 256))
+    assert ops.prepare_weight(w) is w
+    monkeypatch.setattr(tuning, "hopper", lambda: True)
+    assert isinstance(ops.prepare_weight(w), FragmentWeight)
+    assert ops.prepare_weight(w, "w4a16") is w
+
+
+def test_the_op_calls_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def kernel(x: Any, token_scale: Any, w: Any, sizes: Any, config: Any) -> jax.Array:
+        calls.append((x.shape, x.dtype, token_scale.shape, sizes.dtype, config))
+        return jnp.ones((x.shape[0], w.shape[1]), jnp.bfloat16)
+
+    monkeypatch.setattr(ops, "grouped_gemm", kernel)
+    f = FragmentWeight.from_weight(weight_of(*random_checkpoint(0, 2, 128, 256)))
+    sizes = jnp.asarray([1, 2], jnp.uint8)
+    out = w4a8_ragged_matmul(jnp.ones((3, 256)), f, sizes, out_dtype=jnp.float32)
+    assert (out.shape, out.dtype) == ((3, 128), jnp.float32)
+    config = tuning.heuristic_grouped(3, 2, 128, 256, f.form)
+    assert calls == [((8, 256), jnp.float8_e4m3fn, (8, 1), jnp.int32, config)]
+    assert w4a8_ragged_matmul(jnp.ones((0, 256)), f, sizes).shape == (0, 128)
+    with pytest.raises(W4A8Error, match="has no gradient"):
+        jax.grad(lambda x: jnp.sum(w4a8_ragged_matmul(x, f, sizes, out_dtype=jnp.float32)))(jnp.ones((3, 256)))
+
+
+def random_sizes(rng: np.random.Generator, experts: int, m: int, kind: int) -> np.ndarray:
+    """Uniform, skewed, or all to one expert, with up to a fifth of the rows left over."""
+    share = [np.ones(experts), 1 / np.arange(1, experts + 1) ** 1.2, np.eye(experts)[rng.integers(experts)]][kind]
+    return rng.multinomial(int(m * rng.uniform(0.8, 1.2).clip(max=1)), rng.permutation(share) / share.sum())
+
+
+class TestOnGpu:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize(("numerics", "code_min"), FORMS)
+    @pytest.mark.parametrize("seed", range(3))
+    def test_random_groups(self, seed: int, numerics: str, code_min: int) -> None:
+        """With the heuristic's configurations; memory holds NaN where the kernel must write."""
+        rng = np.random.default_rng(seed)
+        failed = []
+        product = jax.jit(w4a8_ragged_matmul)
+        for i, (experts, m) in enumerate([(8, 1), (128, 8), (5, 77), (40, 640), (256, 1500), (4, 2999)]):
+            n, k = (int(v) for v in 128 * rng.integers(1, 9, 2))
+            codes, scale = random_checkpoint(i, experts, n, k, code_min=code_min)
+            x = rng.standard_normal((m, k)).astype(jnp.bfloat16)
+            with jax.default_device(jax.devices("cpu")[0]):
+                w = weight_of(codes, scale, numerics=numerics, code_min=code_min)
+                x8, token_scale = quantize_activations(x)
+                f = jax.device_get(jax.jit(FragmentWeight.from_weight)(w))
+            for kind in range(3):
+                sizes = random_sizes(rng, experts, m, kind)
+                with jax.default_device(jax.devices("cpu")[0]):
+                    expected = expected_of(x8, token_scale, w, list(sizes))
+                arguments = jax.device_put((x, f, sizes.astype(np.int32)))
+                jax.block_until_ready(jax.device_put(np.full((4 * m * n + 2**24,), np.nan, np.float32))).delete()
+                found, again = (np.asarray(product(*arguments), np.float64) for _ in "12")
+                error = np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30)
+                if not error < 2.5e-3 or not np.array_equal(found, again) or np.any(found[sizes.sum() :]):
+                    failed.append((experts, m, n, k, kind, error, np.array_equal(found, again)))
+        assert not failed

@@ -1,0 +1,61 @@
+"""The grouped kernel's schedule, pipeline, stores and zeros, interpreted on a CPU."""
+
+import interpreter
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_weights import random_checkpoint, weight_of
+
+from pallas_kernels import W4Weight, quantize_activations
+from pallas_kernels.dense_gemm import TuningConfig
+from pallas_kernels.fragments import FragmentWeight
+from pallas_kernels.grouped_gemm import grouped_gemm
+
+FEW = TuningConfig(16, 2, 1, 3, ctas=3)
+CASES = [  # sizes of groups, M, N, K, code_min, numerics, config
+    ([5, 0, 19, 8, 0, 8], 40, 128, 256, -7, "lut", FEW),  # groups divide eights; whole eights; a whole tile
+    ([0, 0, 1, 0], 8, 256, 256, -8, "lut", FEW),  # one token; rows of no group
+    ([0, 33, 0], 40, 128, 384, -7, "lut", TuningConfig(16, 2, 1, 4, ctas=2)),  # all to one expert
+    ([1, 0, 1, 0, 0, 1, 0, 1, 0, 0], 8, 128, 128, -7, "lut", FEW),  # more experts than tokens; one K step
+    ([0, 0], 8, 128, 256, -7, "lut", FEW),  # no tokens
+    ([3, 13, 12], 32, 256, 256, -7, "lut", TuningConfig(8, 1, 2, 3, ctas=2)),  # K steps in pairs
+    ([7, 0, 20], 32, 128, 256, -8, "exact", FEW),
+    ([150], 152, 128, 256, -7, "lut", TuningConfig(144, 1, 2, 3, ctas=1)),  # the output in two pieces
+]
+
+
+def expected_of(x8: np.ndarray, token_scale: np.ndarray, w: W4Weight, sizes: list[int]) -> np.ndarray:
+    """In float64."""
+    operand = np.asarray(w.operand().astype(jnp.float32), np.float64)
+    x8, token_scale = np.asarray(x8, np.float32).astype(np.float64), np.asarray(token_scale, np.float64)
+    out = np.zeros((x8.shape[0], w.shape[1]))
+    for e, (end, size) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
+        rows = slice(end - size, end)
+        out[rows] = np.asarray(w.channel_scale[e], np.float64) * token_scale[rows] * (x8[rows] @ operand[e].T)
+    return out
+
+
+@pytest.mark.parametrize(("sizes", "m", "n", "k", "code_min", "numerics", "config"), CASES)
+def test_products(
+    sizes: list[int],
+    m: int,
+    n: int,
+    k: int,
+    code_min: int,
+    numerics: str,
+    config: TuningConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    codes, scale = random_checkpoint(m, len(sizes), n, k, code_min=code_min)
+    w = weight_of(codes, scale, code_min=code_min, numerics=numerics)
+    x8, token_scale = quantize_activations(jnp.asarray(np.random.default_rng(m).standard_normal((m, k)), jnp.bfloat16))
+    prepared, group_sizes = FragmentWeight.from_weight(w), jnp.asarray(sizes, jnp.int32)
+
+    found, races = interpreter.run(monkeypatch, grouped_gemm, x8, token_scale, prepared, group_sizes, config)
+
+    expected = expected_of(x8, token_scale, w, sizes)
+    found = found.astype(np.float64)
+    # The rounding to bf16 alone is 1.7e-3.
+    assert np.linalg.norm(found - expected) <= 2e-3 * np.linalg.norm(expected)
+    assert not np.any(found[sum(sizes) :])
+    assert not races

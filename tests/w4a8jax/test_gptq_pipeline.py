@@ -37,7 +37,7 @@ def _tensor(path, module):
     return reader.read(f"{module}.weight_packed"), reader.read(f"{module}.weight_scale")
 
 
-@pytest.fixture(scope="module", params=["cohere2", "llama"])
+@pytest.fixture(scope="module", params=["cohere2"])
 def made(request, tmp_path_factory):
     """A checkpoint, its calibration data, and its W4A8 GPTQ with the summary."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -58,7 +58,8 @@ ragged_dot.defvjp(_ragged_dot_forward, _ragged_dot_backward)
 
 def _ragged_dot(x: Array, w: Any, operand: Callable[[Any], Array], group_sizes: Array) -> Array:
     """`ragged_dot` with `operand(w)` [E, N, K], for `w` a pytree of arrays [E, ...]."""
-    by_tiles = jax.default_backend() == "cpu"
+    # Experts divided among devices stay where they are: in tiles, each device would need each expert.
+    by_tiles = jax.default_backend() == "cpu" and jax.local_device_count() == 1
     return (_tiled_ragged_dot if by_tiles else _dense_ragged_dot)(x, w, operand, group_sizes)
 
 

@@ -57,6 +57,7 @@ class TuningConfig:
         stream_k: whether blocks share the tiles that do not fill the grid.
         cluster: blocks, 1 or 2, that compute neighbouring rows in step and receive x together.
         ctas: blocks of the grid; one per multiprocessor.
+        lead: where tiles are fewer than blocks and shared, K steps of 128 that a tile's owner does more than others.
     """
 
     tile_tokens: int
@@ -66,6 +67,7 @@ class TuningConfig:
     stream_k: bool = False
     cluster: int = 1
     ctas: int = 132
+    lead: int = 0
 
     @property
     def tile_rows(self) -> int:
@@ -133,7 +135,13 @@ def dense_gemm(
     blocks = config.row_blocks * config.warpgroups
     n_tiles, m_tiles = n // config.tile_rows // config.cluster, pl.cdiv(m, config.tile_tokens)
     at_once = config.steps_at_once
-    schedule = Schedule(n_tiles * m_tiles, k // TILE_COLUMNS // at_once, config.ctas // config.cluster, config.stream_k)
+    schedule = Schedule(
+        n_tiles * m_tiles,
+        k // TILE_COLUMNS // at_once,
+        config.ctas // config.cluster,
+        config.stream_k,
+        config.lead // at_once,
+    )
     # Partial sums of several blocks are loaded at a time, where registers allow.
     unroll = max(1, min(4, 64 // (config.tile_tokens * config.row_blocks // 2)))
 
@@ -187,25 +195,28 @@ def dense_gemm(
 
                 @pl.when(high < schedule.k_steps)
                 def contribute() -> None:
+                    slot = schedule.slot(tile, cta) * config.cluster + rank
                     for b, result in enumerate(results):
-                        store_partial(result, partials.at[block_id, warpgroup, b])
+                        store_partial(result, partials.at[slot, warpgroup, b])
                     signal(flags.at[(schedule.owner(tile) * config.cluster + rank) * config.warpgroups + warpgroup])
 
                 @pl.when(high == schedule.k_steps)
                 def finish() -> None:
-                    first = jnp.where(low > 0, schedule.first_peer(tile), cta)
-                    pl.when(low > 0)(lambda: wait(flags.at[block_id * config.warpgroups + warpgroup], cta - first))
+                    first, last = schedule.peers(tile)
+                    peers = jnp.where(low > 0, last - first + (last != cta), 0)
+                    pl.when(low > 0)(lambda: wait(flags.at[block_id * config.warpgroups + warpgroup], peers))
 
                     def add(i: Any, sums: Any) -> Any:
-                        peers = [first + i * unroll + u for u in range(unroll)]
-                        there = [(peer < cta).astype(jnp.float32) for peer in peers]
-                        slots = [jnp.minimum(peer, cta - 1) * config.cluster + rank for peer in peers]
+                        numbers = [i * unroll + u for u in range(unroll)]
+                        there = [(number < peers).astype(jnp.float32) for number in numbers]
+                        slots = [schedule.slot(tile, first + jnp.minimum(number, peers - 1)) for number in numbers]
+                        slots = [slot * config.cluster + rank for slot in slots]
                         return tuple(
                             add_partials(s, [partials.at[slot, warpgroup, b] for slot in slots], there)
                             for b, s in enumerate(sums)
                         )
 
-                    steps = (cta - first + unroll - 1) // unroll
+                    steps = (peers + unroll - 1) // unroll
                     epilogue(first_block, first_token, scales, lax.fori_loop(0, steps, add, tuple(results)))
 
                 return done
@@ -234,7 +245,7 @@ def dense_gemm(
             pipeline.finish(lax.fori_loop(0, schedule.segments(cta), segment, 0))
 
     cluster: dict[str, Any] = {"cluster": (config.cluster,), "cluster_names": ("rank",)} if config.cluster > 1 else {}
-    sharers = schedule.grid * config.cluster if schedule.splits else 1
+    sharers = schedule.slots * config.cluster if schedule.splits else 1
     kernel = plgpu.kernel(
         body,
         out_type=(

@@ -23,12 +23,14 @@ class Schedule:
         k_steps: steps of a tile.
         blocks: blocks of the grid (clusters, if there are such) that exist at most.
         stream_k: whether to divide the tail.
+        lead: K steps that an owner does more than a block that has no tile of its own; at most as far as shares allow.
     """
 
     tiles: int
     k_steps: int
     blocks: int
     stream_k: bool
+    lead: int = 0
 
     @property
     def grid(self) -> int:
@@ -52,24 +54,51 @@ class Schedule:
         """Tiles that are divided; they come last."""
         return max(self.tiles - self.waves * self.blocks, 0)
 
+    @property
+    def apart(self) -> bool:
+        """Whether some blocks own no tile."""
+        return self.splits and self.tiles < self.grid
+
+    @property
+    def helpers(self) -> int:
+        """Blocks that share steps and own no tile, the first of the grid; where there are none, all blocks share."""
+        return self.grid - self.tiles if self.apart else self.grid
+
+    @property
+    def shared_steps(self) -> int:
+        """Of each tile of the tail, the first steps, which the sharing blocks divide."""
+        if not self.apart:
+            return self.k_steps
+        own = round((self.tiles * self.k_steps + self.lead * self.helpers) / self.grid)
+        return max(self.k_steps - max(own, 1), -(-self.helpers // self.tiles))
+
     def _share(self, block: Any) -> Any:
-        return block * (self.tail * self.k_steps) // self.grid
+        return block * (self.tail * self.shared_steps) // self.helpers
 
     def segments(self, block: Any) -> Any:
         """How many (tile, K steps) a block has."""
         if not self.splits:
             return (self.tiles - 1 - block) // self.grid + 1
-        first, last = self._share(block) // self.k_steps, (self._share(block + 1) - 1) // self.k_steps
-        return self.waves + last - first + 1
+        first, last = self._share(block) // self.shared_steps, (self._share(block + 1) - 1) // self.shared_steps
+        segments = self.waves + last - first + 1
+        return jnp.where(block >= self.helpers, 1, segments) if self.apart else segments
 
     def segment(self, block: Any, index: Any) -> tuple[Any, Any, Any]:
         """Tile, first K step and end of the K steps of a block's segment."""
         if not self.splits:
             return block + index * self.grid, 0, self.k_steps
+        shared = self.shared_steps
         start, end = self._share(block), self._share(block + 1)
-        tile = (end - 1) // self.k_steps - (index - self.waves)
-        low = jnp.maximum(start - tile * self.k_steps, 0)
-        high = jnp.minimum(end - tile * self.k_steps, self.k_steps)
+        tile = (end - 1) // shared - (index - self.waves)
+        low = jnp.maximum(start - tile * shared, 0)
+        high = jnp.minimum(end - tile * shared, shared)
+        if self.apart:
+            owns = block >= self.helpers
+            return (
+                jnp.where(owns, block - self.helpers, tile),
+                jnp.where(owns, shared, low),
+                jnp.where(owns, self.k_steps, high),
+            )
         whole = index < self.waves
         return (
             jnp.where(whole, block + index * self.blocks, self.waves * self.blocks + tile),
@@ -77,13 +106,27 @@ class Schedule:
             jnp.where(whole, self.k_steps, high),
         )
 
-    def first_peer(self, tile: Any) -> Any:
-        """The block with the first K step of a tile of the tail."""
-        return self._block_of((tile - self.waves * self.blocks) * self.k_steps)
+    def peers(self, tile: Any) -> tuple[Any, Any]:
+        """The first and the last block with shared steps of a tile of the tail; the last may be its owner."""
+        first = (tile - self.waves * self.blocks) * self.shared_steps
+        return self._block_of(first), self._block_of(first + self.shared_steps - 1)
 
     def owner(self, tile: Any) -> Any:
         """The block with the last K step of a tile of the tail."""
-        return self._block_of((tile - self.waves * self.blocks + 1) * self.k_steps - 1)
+        return self.helpers + tile if self.apart else self.peers(tile)[1]
+
+    @property
+    def slots(self) -> int:
+        """Places for partial sums."""
+        return self.tiles * self._most_peers if self.apart else self.grid
+
+    def slot(self, tile: Any, peer: Any) -> Any:
+        """The place for a peer's partial sums of a tile."""
+        return tile * self._most_peers + peer - self.peers(tile)[0] if self.apart else peer
+
+    @property
+    def _most_peers(self) -> int:
+        return max(last - first + 1 for first, last in map(self.peers, range(self.tiles)))
 
     def _block_of(self, step: Any) -> Any:
-        return ((step + 1) * self.grid - 1) // (self.tail * self.k_steps)
+        return ((step + 1) * self.helpers - 1) // (self.tail * self.shared_steps)

@@ -21,6 +21,7 @@ CASES = [  # M, N, K, code_min, config
     (24, 512, 768, -8, TuningConfig(16, 2, 1, 3, stream_k=True, ctas=3)),  # two blocks share a tile
     (8, 256, 1536, -7, TuningConfig(8, 2, 2, 4, stream_k=True, ctas=6)),  # six do
     (8, 256, 256, -7, TuningConfig(8, 2, 1, 3, stream_k=True, ctas=9)),  # more blocks than steps
+    (8, 512, 1024, -7, TuningConfig(8, 2, 1, 3, stream_k=True, ctas=7, lead=2)),  # owners do more than the others
     (40, 512, 512, -8, TuningConfig(16, 2, 2, 4, stream_k=True, ctas=5)),  # full waves, then a shared tail
     (40, 512, 512, -7, TuningConfig(16, 2, 1, 3, cluster=2, ctas=4)),
     (40, 512, 512, -8, TuningConfig(16, 2, 1, 3, stream_k=True, cluster=2, ctas=6)),

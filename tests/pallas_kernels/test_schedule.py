@@ -11,6 +11,9 @@ CASES = [
     Schedule(1, 1, 132, True),
     Schedule(12, 8, 132, True),
     Schedule(96, 96, 132, True),
+    Schedule(48, 96, 132, True, 4),
+    Schedule(96, 96, 132, True, 200),
+    Schedule(2, 3, 6, True, 1),
     Schedule(112, 96, 132, False),
     Schedule(132, 5, 132, True),
     Schedule(133, 5, 132, True),
@@ -25,6 +28,7 @@ CASES = [
 @pytest.mark.parametrize("schedule", CASES, ids=repr)
 def test_all_is_done_once_and_sums_wait_for_lower_blocks_only(schedule: Schedule) -> None:
     done: dict[tuple[int, int], int] = {}
+    slots: list[int] = []
     first_contribution: dict[int, list[int]] = {}
     for block in range(schedule.grid):
         for index in range(int(schedule.segments(block))):
@@ -33,15 +37,21 @@ def test_all_is_done_once_and_sums_wait_for_lower_blocks_only(schedule: Schedule
                 assert (tile, step) not in done
                 done[tile, step] = block
             if high < schedule.k_steps:
-                # Given before any wait: it is the first thing that a block does of the tail.
-                assert index == schedule.waves
+                # Given before any wait: it is the first thing that a block does of the tail, or the block never waits.
+                assert index == schedule.waves or block < schedule.helpers < schedule.grid
                 first_contribution.setdefault(tile, []).append(block)
     assert len(done) == schedule.tiles * schedule.k_steps
     for tile in range(schedule.tiles - schedule.tail, schedule.tiles):
         blocks = [done[tile, step] for step in range(schedule.k_steps)]
         assert all(a <= b for a, b in pairwise(blocks))
-        assert (int(schedule.first_peer(tile)), int(schedule.owner(tile))) == (blocks[0], blocks[-1])
-        assert first_contribution.get(tile, []) == list(range(blocks[0], blocks[-1]))
+        first, last = (int(peer) for peer in schedule.peers(tile))
+        assert int(schedule.owner(tile)) == blocks[-1]
+        contributors = [block for block in range(first, last + 1) if block != blocks[-1]]
+        assert first_contribution.get(tile, []) == contributors == sorted({*blocks} - {blocks[-1]})
+        for block in contributors:
+            slots.append(int(schedule.slot(tile, block)))
+    assert len(set(slots)) == len(slots)
+    assert all(0 <= slot < schedule.slots for slot in slots)
 
 
 def test_tails_are_even() -> None:
@@ -49,6 +59,15 @@ def test_tails_are_even() -> None:
     shares = [sum(int(high - low) for _, low, high in _segments(schedule, block)) for block in range(schedule.grid)]
     assert max(shares) - min(shares) <= 1
     assert sum(shares) == 96 * 96
+
+
+def test_owners_do_more_than_others() -> None:
+    schedule = Schedule(48, 96, 132, True, 4)
+    shares = [sum(int(high - low) for _, low, high in _segments(schedule, block)) for block in range(schedule.grid)]
+    assert schedule.helpers == 84
+    assert {*shares[:84]} <= {33, 34}
+    assert {*shares[84:]} == {37}
+    assert sum(shares) == 48 * 96
 
 
 def _segments(schedule: Schedule, block: int) -> list[tuple[int, int, int]]:

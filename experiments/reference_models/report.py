@@ -1,4 +1,9 @@
-"""What the training reports: losses on held-out text, samples, the machine, the picture."""
+"""What the training reports: losses on held-out text, load of experts, samples, the machine, the picture.
+
+    python experiments/reference_models/report.py OUT/NAME_training.json
+
+draws the picture of a training on a machine that had no matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +13,17 @@ import importlib.metadata
 import json
 import platform
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
-from dense_model import Model, Params
+from small_model import Model, Params
 from stream import Corpus, windows
-from tokenizers import Tokenizer
-
-matplotlib.use("Agg")
 
 PROMPTS = (
     "def read_lines(path):\n",
@@ -39,6 +41,13 @@ def token_losses(model: Model, params: Params, tokens: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:].astype(jnp.int32))
 
 
+@partial(jax.jit, static_argnums=0)
+def choices(model: Model, params: Params, tokens: jax.Array, counted: jax.Array) -> jax.Array | None:
+    """How many of the counted (bool [B, T]) tokens [B, T] each expert meets: int32 [S, E]; None without experts."""
+    chosen = model.forward(params, tokens).chosen
+    return None if chosen is None else jnp.sum(chosen & counted[..., None], axis=(1, 2), dtype=jnp.int32)
+
+
 class Evaluator:
     """Losses on the held-out splits, read in consecutive windows that know nothing of one another."""
 
@@ -51,16 +60,11 @@ class Evaluator:
 
     def _losses(self, ids: np.ndarray, params: Params, length: int) -> np.ndarray:
         """[windows, T], NaN where a window has no target."""
-        padded, counts = zip(*windows(ids, length), strict=True)
-        batch = max(1, min(len(padded), 32768 // length))
         rows = []
-        for start in range(0, len(padded), batch):
-            tokens = np.stack(padded[start : start + batch])
-            real = len(tokens)
-            tokens = np.pad(tokens, ((0, batch - real), (0, 0)))
-            rows.append(np.asarray(token_losses(self._model, params, jnp.asarray(tokens)))[:real])
-        losses = np.concatenate(rows).astype(np.float64)
-        return np.where(np.arange(length) < np.asarray(counts)[:, None], losses, np.nan)
+        for tokens, counts in _batches(ids, length):
+            losses = np.asarray(token_losses(self._model, params, jnp.asarray(tokens)), np.float64)
+            rows.append(np.where(np.arange(length) < counts[:, None], losses, np.nan)[counts > 0])
+        return np.concatenate(rows)
 
     def loss(self, split: str, params: Params) -> float:
         """Mean loss in nats per token."""
@@ -78,6 +82,16 @@ class Evaluator:
         print(split, summary, flush=True)
         return summary
 
+    def expert_load(self, split: str, params: Params) -> list[list[int]] | None:
+        """Tokens that each expert of each layer with experts meets; None without experts."""
+        total = None
+        for tokens, counts in _batches(self._ids[split], self._length):
+            counted = np.arange(self._length) < counts[:, None]
+            if (found := choices(self._model, params, jnp.asarray(tokens[:, :-1]), jnp.asarray(counted))) is None:
+                return None
+            total = np.asarray(found, np.int64) + (0 if total is None else total)
+        return None if total is None else total.tolist()
+
     def context(self, params: Params, length: int) -> dict[str, Any]:
         """Perplexity of both held-out splits in windows of `length`, whole and in the windows' last quarter."""
         ids = np.concatenate([self._ids["test"], self._ids["validation"]])
@@ -92,6 +106,16 @@ class Evaluator:
         }
 
 
+def _batches(ids: np.ndarray, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Windows in batches of one shape, [B, T + 1], and how many targets each has, int [B]; 0 fills the last batch."""
+    padded, counts = map(np.asarray, zip(*windows(ids, length), strict=True))
+    batch = max(1, min(len(padded), 32768 // length))
+    for start in range(0, len(padded), batch):
+        tokens, real = padded[start : start + batch], counts[start : start + batch]
+        missing = batch - len(real)
+        yield np.pad(tokens, ((0, missing), (0, 0))), np.pad(real, (0, missing))
+
+
 @partial(jax.jit, static_argnums=0)
 def _next_token(
     model: Model, params: Params, tokens: jax.Array, count: jax.Array, key: jax.Array, temperature: jax.Array
@@ -103,6 +127,11 @@ def _next_token(
 
 def samples(model: Model, params: Params, data: Path, length: int = 256) -> list[dict[str, str]]:
     """Continuations of `PROMPTS`, greedy and at temperature 0.7."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        print("no tokenizers: no samples", flush=True)
+        return []
     tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
     results = []
     for prompt in PROMPTS:
@@ -126,6 +155,7 @@ def environment(arguments: argparse.Namespace, corpus: Corpus) -> dict[str, Any]
     device = jax.devices()[0]
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     return {
+        "model": arguments.model,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "arguments": {name: str(value) for name, value in vars(arguments).items()},
@@ -139,10 +169,18 @@ def environment(arguments: argparse.Namespace, corpus: Corpus) -> dict[str, Any]
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Loss curves of every run; dashed is the training loss, with dropout."""
+    """Loss curves of every run, dashed the training loss, with dropout; beside them, where tokens went on the test."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no matplotlib: {path.name} is left to report.py", flush=True)
+        return
+    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5))
+    load = report.get("expert_load")
+    figure, grid = plt.subplots(1, 2 if load else 1, figsize=(12 if load else 8, 5), squeeze=False)
+    axes = grid[0, 0]
     for i, record in enumerate(report["runs"]):
         settings = record["settings"]
         label = f"{record['epochs']:.0f} epochs, dropout {settings['dropout']:g}, decay {settings['weight_decay']:g}"
@@ -154,9 +192,28 @@ def plot(report: dict[str, Any], path: Path) -> None:
     lows = [record["best_validation_loss"] for record in report["runs"]]
     axes.set_ylim(min(min(lows), 1.5) - 0.5, max(min(lows) + 2.0, 3.0))
     axes.set(xlabel="tokens trained on (millions)", ylabel="loss (nats per token)")
-    axes.set_title(f"dense reference model on {report['device']['kind']}: validation, and training (dashed)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    name = report.get("model", "dense")
+    axes.set_title(f"{name} reference model on {report['device']['kind']}: validation, and training (dashed)")
+    if load:
+        _plot_load(grid[0, 1], np.array(load["test"]))
+    for axes in grid[0]:
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _plot_load(axes: Any, load: np.ndarray) -> None:
+    layers, experts = load.shape
+    width = 0.8 / layers
+    for i, counts in enumerate(load):
+        places = np.arange(experts) + (i - (layers - 1) / 2) * width
+        axes.bar(places, counts / counts.sum(), width, label=f"layer {i + 1} with experts")
+    axes.axhline(1 / experts, color="black", linewidth=0.8, label="all alike")
+    axes.set(xlabel="expert", ylabel="share of the choices", title="test split: where tokens went")
+
+
+if __name__ == "__main__":
+    record = Path(sys.argv[1])
+    plot(json.loads(record.read_text(encoding="utf-8")), record.with_suffix(".png"))

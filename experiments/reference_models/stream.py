@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from dense_model import BOS_ID
+from small_model import BOS_ID
 
 
 class Corpus:

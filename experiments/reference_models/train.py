@@ -1,14 +1,16 @@
-"""Trains the dense reference model.
+"""Trains a reference model.
 
     python experiments/reference_models/prepare.py --out .data
-    python experiments/reference_models/train.py --data .data --out OUT
+    python experiments/reference_models/train.py --model dense --data .data --out OUT
 
 Runs one or more trainings (--run) within --max-seconds and keeps the checkpoint of the lowest validation loss. AdamW on
 fp32 parameters, bf16 arithmetic; warmup, then a cosine to zero; the last part of each run is on long sequences. A run
-is cut to the time that is left by shortening its schedule, never by stopping it with a high learning rate.
+is cut to the time that is left by shortening its schedule, never by stopping it with a high learning rate. Experts
+train with a balancing loss (experts.py), counted neither in the losses reported nor in the choice of a checkpoint.
 
-Writes OUT/dense (the checkpoint), OUT/dense_training.json (what was run, on what, losses, perplexities) and
-OUT/dense_training.png (the loss curves). On a CPU, a smoke test: --steps 5 --batch 2 --length 256 --long-length 512.
+Of --model NAME, writes OUT/NAME (the checkpoint), OUT/NAME_training.json (what was run, on what, losses, perplexities,
+the experts' load) and OUT/NAME_training.png (the curves; without matplotlib, later: report.py). On a CPU, a smoke test:
+--steps 4 --batch 2 --length 256 --long-length 512 --contexts 512.
 """
 
 from __future__ import annotations
@@ -19,18 +21,19 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from dense_model import Model, Params, hf_config, init_params, save_checkpoint
 from report import Evaluator, environment, plot, samples
+from small_model import MODELS, Model, Params, hf_config, init_params, save_checkpoint
 from stream import Corpus, Stream
 
 import models.layers.attention
 
+UNDECAYED = ("embed_tokens.weight", "mlp.gate.weight")
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8))
 
 
@@ -42,6 +45,7 @@ class Run:
     lr: float = 3e-3
     weight_decay: float = 0.1
     dropout: float = 0.1
+    balance: float = 0.01
     seed: int = 0
 
     @classmethod
@@ -64,36 +68,50 @@ class Clock:
         return self.seconds - self.elapsed()
 
 
-def loss_of(model: Model, params: Params, tokens: jax.Array, dropout: jax.Array, key: jax.Array) -> jax.Array:
-    """Mean cross entropy, in nats, of tokens [B, T + 1]."""
-    logits = model.logits(params, tokens[:, :-1], dropout, key)
+class Losses(NamedTuple):
+    """Of a step, or stacked of several: cross entropy in nats; balancing loss; share of choices by expert [S, E]."""
+
+    cross_entropy: jax.Array
+    balance: jax.Array
+    load: jax.Array | None
+
+
+def loss_of(
+    model: Model, hyper: dict[str, jax.Array], params: Params, tokens: jax.Array, key: jax.Array
+) -> tuple[jax.Array, Losses]:
+    """What is minimized, of tokens [B, T + 1], and its parts."""
+    found = model.forward(params, tokens[:, :-1], hyper["dropout"], key)
     targets = tokens[:, 1:].astype(jnp.int32)
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+    loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(found.logits, targets))
+    load = None
+    if found.chosen is not None:
+        load = found.chosen.mean((1, 2), dtype=jnp.float32) / model.config["num_experts_per_tok"]
+    return loss + hyper["balance"] * found.balance, Losses(loss, found.balance, load)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def train_chunk(
     model: Model, params: Params, state: Any, batches: jax.Array, start: jax.Array, hyper: dict[str, jax.Array]
-) -> tuple[Params, Any, jax.Array]:
-    """Several steps, one per batch of batches [steps, B, T + 1]; returns their losses [steps]."""
+) -> tuple[Params, Any, Losses]:
+    """Several steps, one per batch of batches [steps, B, T + 1]; their mean losses."""
 
-    def step(carry: tuple[Params, Any, jax.Array], tokens: jax.Array) -> tuple[Any, jax.Array]:
+    def step(carry: tuple[Params, Any, jax.Array], tokens: jax.Array) -> tuple[Any, Losses]:
         params, state, index = carry
         key = jax.random.fold_in(jax.random.key(hyper["seed"]), index)
-        loss, gradient = jax.value_and_grad(partial(loss_of, model))(params, tokens, hyper["dropout"], key)
+        gradient, losses = jax.grad(partial(loss_of, model, hyper), has_aux=True)(params, tokens, key)
         updates, state = OPTIMIZER.update(gradient, state, params)
         warm = (index + 1) / hyper["warmup"]
         progress = jnp.clip((index - hyper["warmup"]) / jnp.maximum(hyper["total"] - hyper["warmup"], 1), 0, 1)
         rate = hyper["lr"] * jnp.minimum(warm, 0.5 + 0.5 * jnp.cos(jnp.pi * progress))
 
         def apply(name: str, value: jax.Array) -> jax.Array:
-            decay = hyper["weight_decay"] if value.ndim == 2 and "embed" not in name else 0.0
+            decay = hyper["weight_decay"] if value.ndim == 2 and not name.endswith(UNDECAYED) else 0.0
             return value - rate * (updates[name] + decay * value)
 
-        return ({name: apply(name, value) for name, value in params.items()}, state, index + 1), loss
+        return ({name: apply(name, value) for name, value in params.items()}, state, index + 1), losses
 
     (params, state, _), losses = jax.lax.scan(step, (params, state, start), batches)
-    return params, state, losses
+    return params, state, jax.tree.map(lambda x: x.mean(0), losses)
 
 
 def train(
@@ -108,10 +126,11 @@ def train(
     long_batch = max(1, tokens_per_step // arguments.long_length)
     total = arguments.steps or max(4 * chunk, int(run.epochs * corpus.epoch_tokens / tokens_per_step))
     warmup = min(arguments.warmup, max(1, total // 10))
-    record: dict[str, Any] = {"settings": dataclasses.asdict(run), "train": [], "validation": []}
+    record: dict[str, Any] = {"settings": dataclasses.asdict(run), "train": [], "validation": [], "load": []}
     best: Params | None = None
     best_loss = np.inf
-    constants = {"lr": run.lr, "weight_decay": run.weight_decay, "dropout": run.dropout, "warmup": warmup}
+    constants = {name: value for name, value in dataclasses.asdict(run).items() if name not in ("epochs", "seed")}
+    constants["warmup"] = warmup
     step, tokens, next_eval = 0, 0, 0
     compiled: set[tuple[int, int]] = set()
     timed_tokens, timed_seconds, pace, compilation = 0, 0.0, 0.0, 0.0
@@ -125,7 +144,7 @@ def train(
         batches = jnp.asarray(stream.take((steps, batch, length)))
         params, state, losses = train_chunk(model, params, state, batches, jnp.int32(step), hyper)
         step, tokens = step + steps, tokens + steps * batch * length
-        record["train"].append((tokens, float(losses.mean())))
+        record["train"].append((tokens, float(losses.cross_entropy)))
         took = clock.elapsed() - began
         if (steps, length) not in compiled:
             compiled.add((steps, length))
@@ -142,12 +161,15 @@ def train(
             next_eval = step + max(chunk, total // arguments.evaluations)
             loss = evaluator.loss("validation", params)
             record["validation"].append((tokens, loss))
+            if losses.load is not None:
+                record["load"].append((tokens, np.asarray(losses.load, np.float64).round(4).tolist()))
             if loss < best_loss:
                 best_loss, best = loss, jax.tree.map(jnp.copy, params)
             speed = timed_tokens / timed_seconds if timed_seconds else 0.0
             print(
                 f"  step {step}/{total} epoch {tokens / corpus.epoch_tokens:.2f} train {record['train'][-1][1]:.4f} "
-                f"validation {loss:.4f} {speed:,.0f} tokens/s {clock.elapsed():.0f} s",
+                f"validation {loss:.4f} balance {float(losses.balance):.4f} {speed:,.0f} tokens/s "
+                f"{clock.elapsed():.0f} s",
                 flush=True,
             )
     loss = evaluator.loss("validation", params)
@@ -200,6 +222,7 @@ def fused_attention_works(length: int) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="dense")
     parser.add_argument("--data", type=Path, required=True, help="folder that prepare.py wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--run", action="append", help="e.g. epochs=40,dropout=0.1,weight_decay=0.1,lr=3e-3,seed=0")
@@ -226,7 +249,7 @@ def main() -> None:
         print("attention: XLA's; sequences of at most 4096 tokens", flush=True)
         models.layers.attention._implementation = lambda q: None
         arguments.long_length = min(arguments.long_length, 4096)
-    model = Model(hf_config())
+    model = Model(hf_config(arguments.model))
     corpus = Corpus(arguments.data, {k: float(v) for k, v in (pair.split("=") for pair in arguments.mix.split(","))})
     evaluator = Evaluator(model, arguments.data, arguments.length)
     runs = [Run.parse(text) for text in arguments.run or ["epochs=40"]]
@@ -242,12 +265,17 @@ def main() -> None:
         report["runs"].append(record)
         if record["best_validation_loss"] < best_loss:
             best, best_loss, report["chosen"] = params, record["best_validation_loss"], i
-            report["checkpoint_bytes"] = save_checkpoint(params, model.config, arguments.data, arguments.out / "dense")
+            folder = arguments.out / arguments.model
+            report["checkpoint_bytes"] = save_checkpoint(params, model.config, arguments.data, folder)
         write(report, arguments.out)
     assert best is not None
     report["train_seconds"] = sum(record["seconds"] for record in report["runs"])
     for name in ("validation", "test"):
         report[name] = evaluator.summary(name, best)
+    if (load := {name: evaluator.expert_load(name, best) for name in ("validation", "test")})["test"] is not None:
+        report["expert_load"] = load
+        print("expert load", load, flush=True)
+    write(report, arguments.out)
     report["samples"] = samples(model, best, arguments.data)
     write(report, arguments.out)
     report["contexts"] = {}
@@ -265,8 +293,9 @@ def main() -> None:
 
 
 def write(report: dict[str, Any], out: Path) -> None:
-    (out / "dense_training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    plot(report, out / "dense_training.png")
+    record = out / f"{report['model']}_training.json"
+    record.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    plot(report, record.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def test_routers_stay_as_they_are(checkpoints: Path):
     for kind in MOE:
         reader, source = CheckpointReader(checkpoints / f"{kind}-w4a8"), CheckpointReader(checkpoints / kind)
         name = f"{parent(kind)}.gate.weight"
+        assert reader.tensors[name].dtype == source.tensors[name].dtype
         np.testing.assert_array_equal(reader.read(name), source.read(name))
         packed = {n.rpartition(".")[0] for n in reader.tensors if n.endswith("weight_packed")}
         assert f"{parent(kind)}.experts.3.{LEAVES[kind][2]}" in packed
@@ -246,6 +247,25 @@ def test_inspect_shows_the_experts(checkpoints: Path, name: str):
     text = " ".join(output("inspect", checkpoints / name, "--by-kind", "--quiet").split())
     assert f"{EXPERTS} in each of {layers} layers, {parameters:,} parameters" in text
     assert "a token meets 2 a layer" in text
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("kind", ["cohere2_moe", "mixtral"])
+def test_routers_keep_their_dtype(changed: Callable[[str, Edit], Path], tmp_path: Path, kind: str, dtype: type):
+    """And nothing else does: the other floats are written in bf16."""
+    values = np.random.default_rng(0).standard_normal((EXPERTS, HIDDEN)).astype(dtype)
+    router, norm = f"{parent(kind)}.gate.weight", "model.norm.weight"
+
+    def edit(tensors: dict[str, np.ndarray], config: dict) -> None:
+        tensors[router], tensors[norm] = values, tensors[norm].astype(dtype)
+
+    w4a8jax.quantize(changed(kind, edit), tmp_path / "w4a8", search="none", progress=False)
+    reader = CheckpointReader(tmp_path / "w4a8")
+    assert reader.tensors[router].dtype == dtype
+    np.testing.assert_array_equal(reader.read(router), values)
+    assert reader.tensors[norm].dtype.name == "bfloat16"
+    loaded = w4a8jax.load(tmp_path / "w4a8").decoder.layers[1].mlp.router.get_value()
+    np.testing.assert_array_equal(loaded, values.astype(np.float32))
 
 
 @pytest.mark.parametrize("kind", MOE)

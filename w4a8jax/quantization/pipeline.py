@@ -49,6 +49,8 @@ _CHECK_SIZE = 2**22
 _FLOATS = tuple(
     map(np.dtype, (BF16, np.float16, np.float32, np.float64, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2))
 )
+ROUTER = "router"
+_ROUTER_DTYPES = tuple(map(np.dtype, (np.float16, np.float32)))
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,13 @@ class Item:
         if self.module is not None:
             n, k = self.info.shape
             return tuple(packed_specs(self.module, n, k))
-        dtype = BF16 if self.info.dtype in _FLOATS else self.info.dtype
-        return (TensorSpec(self.info.name, dtype, self.info.shape),)
+        return (TensorSpec(self.info.name, self.copied_dtype, self.info.shape),)
+
+    @property
+    def copied_dtype(self) -> np.dtype:
+        """Of a tensor that is copied: bf16 for floats, but a router, which is computed in fp32, as it was stored."""
+        kept = self.info.dtype not in _FLOATS or (self.reason == ROUTER and self.info.dtype in _ROUTER_DTYPES)
+        return self.info.dtype if kept else BF16
 
 
 def quantize(
@@ -90,9 +97,9 @@ def quantize(
 ) -> QuantizationSummary:
     """Quantizes the linear layers of a checkpoint to INT4 in groups of 128, by rounding to nearest or by GPTQ.
 
-    Embeddings, output head, norms and routers stay as they are, in bf16. The result is a compressed-tensors checkpoint
-    that vLLM loads, with the tokenizer, generation config and chat template of the source. It appears under its name
-    only when whole.
+    Embeddings, output head and norms stay as they are, in bf16, and routers in the dtype they have. The result is a
+    compressed-tensors checkpoint that vLLM loads, with the tokenizer, generation config and chat template of the
+    source. It appears under its name only when whole.
 
     Args:
         src: checkpoint directory, or a Hugging Face Hub name.
@@ -255,7 +262,7 @@ def _reason_to_copy(info: TensorInfo, ignore: Sequence[str]) -> str:
         return "embedding"
     if module.endswith("lm_head"):
         return "output head"
-    return "router" if is_ignored(module, DEFAULT_IGNORE) else "not a linear layer of the decoder"
+    return ROUTER if is_ignored(module, DEFAULT_IGNORE) else "not a linear layer of the decoder"
 
 
 def quantized_config(
@@ -316,7 +323,7 @@ def _cast_blocks(reader: CheckpointReader, item: Item) -> Iterator[np.ndarray]:
     for block in reader.blocks(item.info.name, _COPY_BYTES):
         if item.info.dtype in _FLOATS:
             with np.errstate(over="ignore"):
-                block = block.astype(BF16, copy=False)
+                block = block.astype(item.copied_dtype, copy=False)
             _check_finite(item.info.name, block)
         yield block
 

@@ -48,6 +48,11 @@ def route(
     return jnp.exp(chosen - total), experts
 
 
+def router_logits(x: Float[Array, "... D"], router: Float[Array, "E D"]) -> Float[Array, "... E"]:
+    """fp32 logits [..., E] of x [..., D], whatever the dtypes: a rounding here sends tokens to other experts."""
+    return jnp.dot(x.astype(jnp.float32), router.astype(jnp.float32).T, precision="highest")
+
+
 def moe_mlp(
     x: Float[Array, "... D"],
     router: Float[Array, "E D"],
@@ -79,8 +84,7 @@ def moe_mlp(
     _check(x, router, gate_up, down)
     *lead, width = x.shape
     tokens = x.reshape(math.prod(lead), width)
-    logits = jnp.dot(tokens.astype(jnp.float32), router.astype(jnp.float32).T, precision="highest")
-    weights, experts = route(logits, top_k, selection=selection, normalize=normalize)
+    weights, experts = route(router_logits(tokens, router), top_k, selection=selection, normalize=normalize)
     # Stable, so that rows of one expert keep the order of their tokens.
     order = jnp.argsort(experts.reshape(-1), stable=True)
     sizes = jnp.bincount(experts.reshape(-1), length=router.shape[0]).astype(jnp.int32)

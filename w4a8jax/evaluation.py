@@ -118,7 +118,7 @@ def evaluate(
     Raises:
         W4A8Error: the text has nothing to score, or an option is out of range.
     """
-    plan = _Plan.make(model, text, context, stride, batch, max_tokens)
+    plan = Plan.make(model, text, context, stride, batch, max_tokens)
     structure, leaves = split(model.decoder)
     total = 0.0
     for windows in plan.batches(progress):
@@ -148,8 +148,8 @@ def compare(
         raise W4A8Error(f"cannot compare: the model has a vocabulary of {sizes[0]} tokens, its original of {sizes[1]}")
     if context is None:
         context = min(DEFAULT_CONTEXT, model.decoder.config.max_context, original.decoder.config.max_context)
-    plan = _Plan.make(model, text, context, stride, batch, max_tokens)
-    other = _Plan.make(original, text, context, stride, batch, max_tokens)
+    plan = Plan.make(model, text, context, stride, batch, max_tokens)
+    other = Plan.make(original, text, context, stride, batch, max_tokens)
     if not np.array_equal(plan.tokens, other.tokens) or plan.bos != other.bos:
         raise W4A8Error(
             "cannot compare: the tokenizers of the model and of its original give the text different tokens"
@@ -168,7 +168,7 @@ def compare(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """The windows over a text."""
 
     tokens: np.ndarray

@@ -21,6 +21,8 @@ from .weight_statistics import CodeStatistics, ValueStatistics, code_statistics,
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from .expert_load import ExpertLoad
+
 # config.json entries that say what the model is, in the order to show them.
 _CONFIG_KEYS = (
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
@@ -78,6 +80,7 @@ class Inspection:
         layers: one report for each module, in the order of the model.
         bytes_by_kind: bytes on disk, by `KINDS`.
         sidecars: tokenizer and other files that come with the weights.
+        expert_load: where the tokens of a text went, one entry for each layer with experts; None without a text.
     """
 
     path: Path
@@ -85,6 +88,7 @@ class Inspection:
     layers: tuple[LayerReport, ...]
     bytes_by_kind: dict[str, int]
     sidecars: tuple[str, ...]
+    expert_load: tuple[ExpertLoad, ...] | None = None
 
     @property
     def scheme(self) -> str:
@@ -135,6 +139,7 @@ class Inspection:
             "quantized_bits_per_weight": self.quantized_bits_per_weight,
             "bytes_by_kind": self.bytes_by_kind,
             "experts": None if self.experts is None else dataclasses.asdict(self.experts),
+            "expert_load": None if self.expert_load is None else [load.record() for load in self.expert_load],
             "code_histogram": self.histogram.tolist(),
             "sidecars": list(self.sidecars),
             "layers": [layer.record() for layer in self.layers],
@@ -163,16 +168,32 @@ class Inspection:
         )
 
 
-def inspect(path: str | Path, *, progress: Callable[[int, int], None] | None = None) -> Inspection:
+def inspect(
+    path: str | Path,
+    *,
+    text: str | None = None,
+    context: int | None = None,
+    max_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Inspection:
     """Reads a checkpoint, quantized or not, and says what is in it.
 
     Args:
         path: the checkpoint's directory, or a name on the Hugging Face Hub.
+        text: of a mixture of experts, load the model, run it on this and count the tokens that each expert meets.
+        context, max_tokens: how to read the text; as for `evaluate`.
         progress: called after each module with the bytes read and the bytes in all.
 
     Raises:
-        W4A8Error: there is no checkpoint, or it is damaged.
+        W4A8Error: there is no checkpoint, or it is damaged; there is a text, but the model has no experts or no
+            tokenizer, or an option is out of range.
     """
+    load = None
+    if text is not None:
+        from .checkpoints.load import load as load_model
+        from .expert_load import expert_load
+
+        load = expert_load(load_model(path), text, context=context, max_tokens=max_tokens)
     reader = CheckpointReader(path)
     quantized = quantized_modules(reader)
     members: dict[str, list[TensorInfo]] = defaultdict(list)
@@ -200,7 +221,7 @@ def inspect(path: str | Path, *, progress: Callable[[int, int], None] | None = N
             progress(done, total)
     config = {key: reader.config[key] for key in _CONFIG_KEYS if reader.config.get(key) is not None}
     sidecars = tuple(map(str, reader.sidecars()))
-    return Inspection(reader.path, config, tuple(sorted(layers, key=_model_order)), by_kind, sidecars)
+    return Inspection(reader.path, config, tuple(sorted(layers, key=_model_order)), by_kind, sidecars, load)
 
 
 def merge(layers: Iterable[LayerReport]) -> list[LayerReport]:

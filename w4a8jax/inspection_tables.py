@@ -13,10 +13,12 @@ from rich.text import Text
 from .inspection import LayerReport, merge
 
 if TYPE_CHECKING:
+    from .expert_load import ExpertLoad
     from .inspection import Inspection
 
 _MANY = 64
 _WIDE = 110
+_FEW_EXPERTS = 24
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -27,6 +29,9 @@ def render(inspection: Inspection, console: Console | None, details: bool | None
     if details is False or (details is None and len(layers) > _MANY):
         layers = merge(layers)
     console.print(_totals(inspection))
+    if inspection.expert_load is not None:
+        console.print()
+        console.print(_load_table(inspection.expert_load))
     quantized = [layer for layer in layers if layer.codes is not None]
     if quantized:
         console.print()
@@ -91,6 +96,19 @@ def _quantized_table(layers: list[LayerReport], width: int) -> Table:
             *([_range(*codes.channel_scale)] if wide else []),
             *([f"{codes.weak_groups / codes.groups:.2%}"] if weak else []),
         )
+    return table
+
+
+def _load_table(layers: tuple[ExpertLoad, ...]) -> Table:
+    few = max(len(layer.counts) for layer in layers) <= _FEW_EXPERTS
+    title = f"Load of experts, of {layers[0].tokens:,} tokens"
+    table = _table(title, "layer", False, "experts", "mean", "least", "most", "unused", *(["by expert"] if few else []))
+    table.caption = "share of the tokens that an expert meets"
+    for layer in layers:
+        shares = [f"{share:.2%}" for share in (layer.mean_share, min(layer.shares), max(layer.shares))]
+        unused = Text(str(layer.unused), "red" if layer.unused else "")
+        bars = [sparkline(np.array(layer.counts))] if few else []
+        table.add_row(f"layers.{layer.layer}", str(len(layer.counts)), *shares, unused, *bars)
     return table
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from models.layers.moe import MoE
-from pallas_kernels.moe import route
+from pallas_kernels.moe import router_logits
 
 
 class DenselyComputedMoE:
@@ -28,12 +28,11 @@ class DenselyComputedMoE:
 
     def __call__(self, x: jax.Array) -> jax.Array:
         config, experts = self.moe.config, self.moe.experts
-        logits = jnp.dot(x.astype(jnp.float32), self.moe.router.get_value().T, precision="highest")
-        flat = logits.reshape(-1, config.num_experts)
-        weights, indices = route(flat, config.top_k, selection=config.selection, normalize=config.normalize)
+        logits = router_logits(x, self.moe.router.get_value())
+        weights, indices = self.moe.choose(x)
         picked = jax.nn.one_hot(indices, config.num_experts, dtype=jnp.float32)
-        weight = jnp.einsum("tk,tke->te", weights, picked).reshape(logits.shape)
-        self.chosen = picked.sum(1).reshape(logits.shape) > 0
+        weight = jnp.einsum("btk,btke->bte", weights, picked)
+        self.chosen = picked.sum(2) > 0
         share = self.chosen.mean((0, 1), dtype=jnp.float32) / config.top_k
         probability = jax.nn.softmax(logits, axis=-1).mean((0, 1))
         self.balance = config.num_experts * jnp.sum(share * probability)

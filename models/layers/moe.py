@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import moe_mlp
 from pallas_kernels.fragments import Scheme
+from pallas_kernels.moe import route, router_logits
 
 from ..config import MoEConfig
 from .linear import LARGE
@@ -46,6 +47,15 @@ class MoE(nnx.Module):
         self.shared = nnx.data(None)
         if width := config.shared_intermediate_size:
             self.shared = MLP(hidden, width, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
+
+    def choose(self, x: Float[Array, "... D"]) -> tuple[Float[Array, "... top_k"], Int[Array, "... top_k"]]:
+        """fp32 weights and int32 experts of each token, greatest first."""
+        config, logits = self.config, router_logits(x, self.router.get_value())
+        flat = route(
+            logits.reshape(-1, config.num_experts), config.top_k, selection=config.selection, normalize=config.normalize
+        )
+        weights, experts = (part.reshape(*x.shape[:-1], config.top_k) for part in flat)
+        return weights, experts
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         config = self.config

@@ -1,11 +1,12 @@
-"""What quantization costs the dense reference model: perplexity, KL and top-1 agreement of each recipe.
+"""What quantization costs a reference model: perplexity, KL and top-1 agreement of each recipe.
 
-    python experiments/quality.py
+    python experiments/quality.py [dense | moe]
 
 Quantizes to a temporary folder, evaluates on the reference text's test split, prints a Markdown table and writes
-experiments/results/quality_dense.json.
+experiments/results/quality_MODEL.json. Of a mixture of experts it also records how the text divides among them.
 """
 
+import argparse
 import dataclasses
 import datetime
 import json
@@ -17,8 +18,9 @@ from pathlib import Path
 import jax
 
 import w4a8jax
+from w4a8jax.expert_load import expert_load
 
-RESULTS = Path(__file__).with_name("results") / "quality_dense.json"
+RESULTS = Path(__file__).with_name("results")
 RECIPES = {
     "W4A16, plain rounding": {"scheme": "w4a16", "search": "none"},
     "W4A16": {"scheme": "w4a16"},
@@ -30,7 +32,10 @@ RECIPES = {
 
 
 def main() -> None:
-    source = w4a8jax.reference_model("dense")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", choices=("dense", "moe"), default="dense")
+    name_of_model = parser.parse_args().model
+    source = w4a8jax.reference_model(name_of_model)
     text = w4a8jax.reference_text("test")
     original = w4a8jax.load(source)
     rows = {}
@@ -48,13 +53,15 @@ def main() -> None:
             print(f"{name}: perplexity {result.model.perplexity:.3f}", flush=True)
     record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python experiments/quality.py",
+        "command": f"python experiments/quality.py {name_of_model}",
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "w4a8jax": w4a8jax.__version__},
         "original": dataclasses.asdict(result.original),
         "recipes": rows,
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    if original.config.moe is not None:
+        record["expert_load"] = [load.record() for load in expert_load(original, text)]
+    (RESULTS / f"quality_{name_of_model}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))
 
 

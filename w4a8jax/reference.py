@@ -1,4 +1,4 @@
-"""The small reference model shipped with the package, and the text it was trained and is measured on.
+"""The small reference models shipped with the package, and the text they were trained and are measured on.
 
 The text is what every Python installation carries: the source of the standard library and the language topics of
 `pydoc_data`. Nothing is downloaded and no text is stored: each machine reads it from its own Python. The split is by
@@ -50,7 +50,8 @@ def reference_model(name: str = "dense") -> Path:
     """The folder of a reference model: a Hugging Face checkpoint in bf16, with its tokenizer.
 
     Args:
-        name: "dense", a `cohere2` language model of 5 million parameters, trained on `reference_text("train")`.
+        name: "dense", a `cohere2` language model, or "moe", a `cohere2_moe` one with six experts in each of two
+            layers, of which a token meets two. Both have 5 million parameters, trained on `reference_text("train")`.
 
     Raises:
         W4A8Error: no model of this name is known, or its files are missing from the installation.

@@ -203,7 +203,7 @@ def save_checkpoint(params: Params, config: Mapping[str, Any], tokenizer: Path, 
         "transformers_version": config["transformers_version"],
     }
     for name, content in (("config.json", config), ("generation_config.json", generation)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         shutil.copyfile(tokenizer / name, folder / name)
     return sum(path.stat().st_size for path in folder.iterdir())

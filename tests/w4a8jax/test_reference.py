@@ -84,8 +84,8 @@ def test_python_without_source(tmp_path, monkeypatch):
 
 
 def test_unknown_model():
-    with pytest.raises(W4A8Error, match=r"reference model 'moe' is not in .*'dense'"):
-        reference.reference_model("moe")
+    with pytest.raises(W4A8Error, match=r"reference model 'sparse' is not in .*'dense'"):
+        reference.reference_model("sparse")
 
 
 def test_model_with_a_file_missing(tmp_path, monkeypatch):

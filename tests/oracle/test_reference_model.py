@@ -1,4 +1,4 @@
-"""The reference model and its tokenizer, read by us and by transformers."""
+"""The reference models and their tokenizer, read by us and by transformers."""
 
 from __future__ import annotations
 
@@ -42,13 +42,17 @@ def texts() -> list[str]:
     ]
 
 
-@pytest.fixture(scope="session")
-def reference(torch_oracle: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that scripts/read_reference.py filled."""
+@pytest.fixture(scope="session", params=["dense", "moe"])
+def checkpoint(request: pytest.FixtureRequest) -> Path:
     try:
-        checkpoint = w4a8jax.reference_model("dense")
+        return w4a8jax.reference_model(request.param)
     except w4a8jax.W4A8Error as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Path, torch_oracle: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that scripts/read_reference.py filled."""
     folder = tmp_path_factory.mktemp("reference")
     job = {"checkpoint": str(checkpoint), "texts": texts(), "conversations": CONVERSATIONS}
     (folder / "job.json").write_text(json.dumps(job))
@@ -57,8 +61,8 @@ def reference(torch_oracle: Callable[..., str], tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="session")
-def model() -> w4a8jax.LanguageModel:
-    return w4a8jax.load(w4a8jax.reference_model("dense"), dtype="float32")
+def model(checkpoint: Path) -> w4a8jax.LanguageModel:
+    return w4a8jax.load(checkpoint, dtype="float32")
 
 
 def test_tokenizer(reference: Path, model: w4a8jax.LanguageModel):

@@ -186,14 +186,14 @@ _PREFILL_TILES_BF16 = ((96, 2, 2), (128, 2, 1), (128, 2, 2), (160, 2, 1), (192, 
 def candidates(m: int, n: int, k: int, form: str) -> list[TuningConfig]:
     """Configurations worth measuring for M tokens and a weight [N, K] in a form: all that fit, none twice.
 
-    With few tokens, tiles that hold them all or half of them, 1 to 3 compute warpgroups, and two depths of the
-    pipeline; with many, the largest tiles. Blocks share tiles, or not, where that may pay.
+    With few tokens, tiles that hold up to 64 of them, 1 to 3 compute warpgroups, two depths of the
+    pipeline, and leads of owners; with many, the largest tiles. Blocks share tiles, or not, where that may pay.
     """
     tiles: list[tuple[int, int, int]] = []
     if m <= 128:
-        least = next((t for t in _DECODE_TOKENS if m <= t), _DECODE_TOKENS[-1])
-        tokens = {least, least // 2} if m > 16 else {least}
-        tiles += [(t, 2, warpgroups) for t in sorted(tokens) for warpgroups in (1, 2, 3)]
+        tokens = next((t for t in _DECODE_TOKENS if m <= t), _DECODE_TOKENS[-1])
+        tiles += [(tokens, 1, 2), (tokens, 2, 1), (tokens, 2, 2)]
+        tiles += [(tokens, 2, 3)] if m > 32 else []
     if m > 64:
         # Of the tokens of the tiles, a fifth may be beyond M; (128, 2, 1) takes every N.
         large = _PREFILL_TILES_BF16 if form == "bf16" else _PREFILL_TILES
@@ -205,11 +205,24 @@ def candidates(m: int, n: int, k: int, form: str) -> list[TuningConfig]:
             filled = _filled(base, m, n)
             for stream_k in (*([False] if filled > 0.55 else []), *([True] if filled < 0.97 else [])):
                 # What blocks of a cluster share is the tokens.
-                for cluster in (1, 2) if base.tile_tokens in (64, 256) and base.warpgroups > 1 else (1,):
+                for cluster in (1, 2) if base.tile_tokens == 256 else (1,):
                     config = dataclasses.replace(base, stages=stages, stream_k=stream_k, cluster=cluster)
-                    if not tuning_tables.misfit(config, n, k, form):
-                        found[config] = None
+                    for lead in _leads(config, m, n) if stream_k else (0,):
+                        config = dataclasses.replace(config, lead=lead)
+                        if not tuning_tables.misfit(config, n, k, form):
+                            found[config] = None
     return list(found)
+
+
+def _leads(config: TuningConfig, m: int, n: int) -> tuple[int, ...]:
+    """Of owners, where tiles are fewer than blocks: smaller tiles take less time for a K step."""
+    if n // config.tile_rows * -(-m // config.tile_tokens) >= config.ctas:
+        return (0,)
+    if config.tile_tokens > 64:
+        return (0, 4)
+    if config.tile_rows >= 256:
+        return (0, 5, 8)
+    return (6, 16) if config.tile_tokens == 64 else (6, 10, 16, 24)
 
 
 def _filled(config: TuningConfig, m: int, n: int) -> float:
@@ -219,10 +232,13 @@ def _filled(config: TuningConfig, m: int, n: int) -> float:
 
 
 def _stages(config: TuningConfig, n: int, k: int, form: str) -> list[int]:
-    """The deepest pipeline that fits; for few tokens the deepest power of two too, which costs fewer instructions."""
+    """The deepest pipeline that fits, for few tokens the deepest powers of two, which cost fewer instructions."""
     depths = range(3, max(3, min(16, k // 128)) + 1)
     fitting = [s for s in depths if not tuning_tables.misfit(dataclasses.replace(config, stages=s), n, k, form)]
     if not fitting:
         return []
     deepest = fitting[-1]
-    return sorted({deepest, 1 << deepest.bit_length() - 1}) if config.tile_tokens <= 64 and deepest > 4 else [deepest]
+    if config.tile_tokens > 64 or deepest <= 4:
+        return [deepest]
+    power = 1 << deepest.bit_length() - 1
+    return [deepest] if config.tile_tokens == 64 else sorted({power, min(power, 8)})

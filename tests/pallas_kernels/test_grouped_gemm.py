@@ -57,7 +57,7 @@ def test_the_op_calls_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def random_sizes(rng: np.random.Generator, experts: int, m: int, kind: int) -> np.ndarray:
     """Uniform, skewed, or all to one expert, with up to a fifth of the rows left over."""
     share = [np.ones(experts), 1 / np.arange(1, experts + 1) ** 1.2, np.eye(experts)[rng.integers(experts)]][kind]
-    return rng.multinomial(int(m * rng.uniform(0.8, 1.2).clip(max=1)), rng.permutation(share) / share.sum())
+    return rng.multinomial(int(m * min(1, rng.uniform(0.8, 1.2))), rng.permutation(share) / share.sum())
 
 
 class TestOnGpu:

@@ -89,6 +89,18 @@ class Sharding:
         """Of the cache's keys and values [B, S, H, D]."""
         return self._named(None, None, "heads", None)
 
+    def batch(self, shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
+        """Of an array whose leading axes are divided over these axes of the mesh, as far as it has them.
+
+        Raises:
+            W4A8Error: an axis of the array does not divide.
+        """
+        names = [axis if axis in self.mesh.shape else None for axis in axes]
+        for size, name in zip(shape, names, strict=False):
+            if name is not None and size % self.mesh.shape[name]:
+                raise W4A8Error(f"mesh: {size} sequences cannot be divided among {self.mesh.shape[name]} devices")
+        return NamedSharding(self._named().mesh, PartitionSpec(*names))
+
     def apply(self, decoder: Decoder) -> Decoder:
         """Divides a whole decoder, in place."""
         for path, _ in nnx.to_flat_state(nnx.state(decoder, nnx.Param)):
@@ -117,7 +129,7 @@ class Sharding:
         if axes is None:
             parameter.set_value(jax.device_put(value, self._named()))
             return
-        order = self._order(where, value.shape[0])
+        order = self.order(path, value.shape[0])
         if isinstance(value, FragmentWeight):
             raise W4A8Error(f"{where}: a kernel's weight cannot be divided; load with kernels=False")
         if isinstance(value, W4Weight):
@@ -143,9 +155,9 @@ class Sharding:
         names = [None if axis is None or self.shards(axis) == 1 else self.rules[axis] for axis in axes]
         return NamedSharding(mesh, PartitionSpec(*names))
 
-    def _order(self, where: str, total: int) -> np.ndarray | None:
-        """The rows of a fused projection, piece by piece; None if they stay as they are."""
-        config = self.config
+    def order(self, path: tuple[Any, ...], total: int) -> np.ndarray | None:
+        """The rows of a fused projection in the order in which devices hold them; None if they stay as they are."""
+        config, where = self.config, ".".join(map(str, path))
         if ".qkv." in where:
             rows = [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
             shards = self.shards("heads")

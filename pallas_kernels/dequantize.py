@@ -26,3 +26,26 @@ def dequantize_lut(codes: Int[Array, "... N K"], group_scale: Float[Array, "... 
 def lut_levels(group_scale: Float[Array, "..."]) -> Float[Array, "... 16"]:
     """The 16 values that a group's weights can take, for codes -8..7, as `float8_e4m3fn` [..., 16]."""
     return to_e4m3(jnp.asarray(CODES, jnp.float32) * group_scale.astype(jnp.float32)[..., None])
+
+
+def lut_magnitudes(group_scale: Float[Array, "..."]) -> Float[Array, "... 9"]:
+    """fp32 `e4m3(q * g)` for q = 0..8: the magnitudes of codes 0, -1, ..., -8."""
+    return jnp.abs(lut_levels(group_scale).astype(jnp.float32))[..., 8::-1]
+
+
+def nearest_codes(
+    groups: Float[Array, "... G S"], magnitudes: Float[Array, "... G 9"], code_min: int
+) -> Int[Array, "... G S"]:
+    """int8 codes in code_min..7 whose level is nearest to a weight; between two levels, the smaller.
+
+    Args:
+        groups: fp32 weights in groups of S.
+        magnitudes: of codes 0, -1, ..., -8 of each group, in the weights' unit, ascending.
+        code_min: -7 or -8.
+    """
+    borders = (magnitudes[..., 1:] * 0.5 + magnitudes[..., :-1] * 0.5)[..., None]
+    magnitude = jnp.abs(groups)
+    count = sum((magnitude > borders[..., q, :]).astype(jnp.int8) for q in range(7))
+    if code_min == -8:
+        count += (-groups > borders[..., 7, :]).astype(jnp.int8)
+    return jnp.where(groups < 0, -count, count)

@@ -12,10 +12,11 @@ from .fragments import Scheme
 from .ops import w4a8_ragged_matmul, w4a16_ragged_matmul
 from .reference import ragged_dot
 from .rounding import round_to
+from .straight_through import MasterWeight, straight_through_ragged_matmul
 from .weight_format import W4Weight
 
 Selection = Literal["softmax", "sigmoid"]
-ExpertWeight = Float[Array, "E N K"] | W4Weight
+ExpertWeight = Float[Array, "E N K"] | W4Weight | MasterWeight
 
 
 def route(
@@ -124,6 +125,8 @@ def _products(x: Array, w: ExpertWeight, sizes: Array, scheme: Scheme) -> Array:
     if isinstance(w, W4Weight):
         product: Any = {"w4a8": w4a8_ragged_matmul, "w4a16": w4a16_ragged_matmul}[scheme]
         return product(x, w, sizes, out_dtype=x.dtype)
+    if isinstance(w, MasterWeight):
+        return straight_through_ragged_matmul(x, w, sizes, out_dtype=x.dtype)
     return round_to(ragged_dot(x, w.astype(x.dtype), sizes), x.dtype)
 
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .calibration.load import load_calibration as load_calibration
     from .checkpoints.load import load as load
     from .checkpoints.reader import CheckpointReader as CheckpointReader
+    from .distillation.options import DistillationOptions as DistillationOptions
+    from .distillation.record import DistillationRecord as DistillationRecord
+    from .distillation.training import distill as distill
     from .evaluation import Comparison as Comparison
     from .evaluation import Evaluation as Evaluation
     from .evaluation import compare as compare
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "CheckpointReader": "w4a8jax.checkpoints.reader",
     "Comparison": "w4a8jax.evaluation",
+    "DistillationOptions": "w4a8jax.distillation.options",
+    "DistillationRecord": "w4a8jax.distillation.record",
     "Evaluation": "w4a8jax.evaluation",
     "GenerationResult": "w4a8jax.language_model",
     "Inspection": "w4a8jax.inspection",
@@ -58,6 +63,7 @@ _EXPORTS = {
     "W4Weight": "pallas_kernels",
     "backend": "pallas_kernels",
     "compare": "w4a8jax.evaluation",
+    "distill": "w4a8jax.distillation.training",
     "evaluate": "w4a8jax.evaluation",
     "inspect": "w4a8jax.inspection",
     "load": "w4a8jax.checkpoints.load",

@@ -42,6 +42,7 @@ class Evaluation:
         bits_per_byte: negative log2 likelihood of the text over its bytes in UTF-8; comparable between tokenizers.
         tokens: how many were scored.
         bytes: of UTF-8 that they stand for.
+        accuracy: share of them that the model finds likeliest.
         context, stride: of the windows, in tokens.
     """
 
@@ -49,6 +50,7 @@ class Evaluation:
     bits_per_byte: float
     tokens: int
     bytes: int
+    accuracy: float
     context: int
     stride: int
 
@@ -120,11 +122,12 @@ def evaluate(
     """
     plan = Plan.make(model, text, context, stride, batch, max_tokens)
     structure, leaves = split(model.decoder)
-    total = 0.0
+    sums = np.zeros(2)
     for windows in plan.batches(progress):
-        nll = np.asarray(_score(structure, leaves, *windows[:2], chunk=plan.chunk))
-        total += float(np.sum(nll[plan.scored(windows)], dtype=np.float64))
-    return plan.evaluation(total)
+        scored = plan.scored(windows)
+        values = _score(structure, leaves, *windows[:2], chunk=plan.chunk)
+        sums += [np.sum(np.asarray(value)[scored], dtype=np.float64) for value in values]
+    return plan.evaluation(*sums.tolist())
 
 
 def compare(
@@ -155,7 +158,7 @@ def compare(
             "cannot compare: the tokenizers of the model and of its original give the text different tokens"
         )
     pair = *split(model.decoder), *split(original.decoder)
-    sums = np.zeros(4)
+    sums = np.zeros(6)
     kl_max = 0.0
     for windows in plan.batches(progress):
         scored = plan.scored(windows)
@@ -163,8 +166,9 @@ def compare(
         columns = [np.asarray(value)[scored].astype(np.float64) for value in values]
         sums += [column.sum() for column in columns]
         kl_max = max(kl_max, float(columns[2].max(initial=0.0)))
-    nll, original_nll, kl, agreed = sums.tolist()
-    return Comparison(plan.evaluation(nll), plan.evaluation(original_nll), kl / plan.count, kl_max, agreed / plan.count)
+    nll, original_nll, kl, agreed, right, original_right = sums.tolist()
+    evaluations = plan.evaluation(nll, right), plan.evaluation(original_nll, original_right)
+    return Comparison(*evaluations, kl / plan.count, kl_max, agreed / plan.count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,10 +250,11 @@ class Plan:
         position = np.arange(1, windows.tokens.shape[1])
         return (position >= windows.first[:, None]) & (position < windows.lengths[:, None])
 
-    def evaluation(self, nll: float) -> Evaluation:
+    def evaluation(self, nll: float, right: float) -> Evaluation:
         perplexity = math.exp(nll / self.count) if nll / self.count < 700 else math.inf
         bits = nll / math.log(2) / self.nbytes
-        return Evaluation(perplexity, bits, self.count, self.nbytes, self.context, self.stride)
+        accuracy = right / self.count
+        return Evaluation(perplexity, bits, self.count, self.nbytes, accuracy, self.context, self.stride)
 
 
 def _encode(model: "LanguageModel", text: str, max_tokens: int | None) -> tuple[np.ndarray, int, int | None]:
@@ -276,12 +281,17 @@ def _encode(model: "LanguageModel", text: str, max_tokens: int | None) -> tuple[
 @partial(jax.jit, static_argnames=("structure", "chunk"))
 def _score(
     structure: Structure, leaves: list[Array], tokens: Int[Array, "B T"], lengths: Int[Array, "B"], *, chunk: int
-) -> Float[Array, "B T-1"]:
-    """Negative log likelihood of tokens[:, 1:], fp32 [B, T - 1]."""
+) -> tuple[Array, Array]:
+    """Of tokens[:, 1:], fp32 [B, T - 1]: negative log likelihood, and whether it is found likeliest."""
     decoder = structure.merge(leaves)
     hidden, targets = _hidden(decoder, tokens, lengths, chunk), _chunks(tokens[:, 1:], chunk)
-    nll = jax.lax.map(lambda x: -_log_likelihood(decoder.logits(x[0]), x[1])[0], (hidden, targets))
-    return _join(nll, tokens)
+
+    def step(x: tuple[Array, Array]) -> tuple[Array, Array]:
+        logits = decoder.logits(x[0])
+        return -_log_likelihood(logits, x[1])[0], _right(logits, x[1])
+
+    nll, right = jax.lax.map(step, (hidden, targets))
+    return _join(nll, tokens), _join(right, tokens)
 
 
 @partial(jax.jit, static_argnames=("structure", "original_structure", "chunk"))
@@ -294,23 +304,24 @@ def _compare(
     lengths: Int[Array, "B"],
     *,
     chunk: int,
-) -> tuple[Array, Array, Array, Array]:
-    """Of tokens[:, 1:], fp32 [B, T - 1]: negative log likelihood of both, KL(original || model), same top-1."""
+) -> list[Array]:
+    """Of tokens[:, 1:], fp32 [B, T - 1]: negative log likelihood of both, KL(original || model), same top-1, top-1
+    right of both."""
     decoder, original = structure.merge(leaves), original_structure.merge(original_leaves)
 
-    def step(x: tuple[Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+    def step(x: tuple[Array, Array, Array]) -> tuple[Array, ...]:
         logits, original_logits = decoder.logits(x[0]), original.logits(x[1])
         likelihood, log_p = _log_likelihood(logits, x[2])
         original_likelihood, original_log_p = _log_likelihood(original_logits, x[2])
         kl = jnp.sum(jnp.exp(original_log_p) * (original_log_p - log_p), axis=-1)
         agreed = jnp.argmax(logits, axis=-1) == jnp.argmax(original_logits, axis=-1)
         # Rounding may take the KL of near-equal distributions below 0.
-        return -likelihood, -original_likelihood, jnp.maximum(kl, 0), agreed.astype(jnp.float32)
+        right = _right(logits, x[2]), _right(original_logits, x[2])
+        return -likelihood, -original_likelihood, jnp.maximum(kl, 0), agreed.astype(jnp.float32), *right
 
     hidden = _hidden(decoder, tokens, lengths, chunk), _hidden(original, tokens, lengths, chunk)
     columns = jax.lax.map(step, (*hidden, _chunks(tokens[:, 1:], chunk)))
-    first, second, third, fourth = (_join(column, tokens) for column in columns)
-    return first, second, third, fourth
+    return [_join(column, tokens) for column in columns]
 
 
 def _hidden(decoder: Decoder, tokens: Array, lengths: Array, chunk: int) -> Float[Array, "C B chunk D"]:
@@ -322,6 +333,10 @@ def _hidden(decoder: Decoder, tokens: Array, lengths: Array, chunk: int) -> Floa
 def _log_likelihood(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> tuple[Array, Array]:
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0], log_p
+
+
+def _right(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
+    return (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
 
 
 def _chunks(x: Array, chunk: int) -> Array:

@@ -62,7 +62,7 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> Path:
         raise W4A8Error(f"{path}: expected a name that ends in .png, .svg or .pdf")
     figure = Figure(figsize=(11, 8), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = [_quiet(axis) for axis in figure.subplots(2, 2).flat]
+    axes = [quiet(axis) for axis in figure.subplots(2, 2).flat]
     quantized = any(layer.codes is not None for layer in inspection.layers)
     if quantized:
         _codes(axes[0], inspection)
@@ -218,7 +218,8 @@ def _finish_layers(axis: Axes, loc: Any) -> None:
         axis.legend(fontsize=8, ncols=4, frameon=False, loc=loc)
 
 
-def _quiet(axis: Axes) -> Axes:
+def quiet(axis: Axes) -> Axes:
+    """The house's style: no frame, light horizontal lines."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(_GREY)
     axis.tick_params(colors=_DARK, labelsize=9)

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels import FragmentWeight, W4Weight, w4a8_matmul, w4a16_matmul
+from pallas_kernels.straight_through import MasterWeight, straight_through_matmul
 
 LARGE = 2**22  # weights of a layer; smaller ones are fast rather than frugal
 
@@ -20,7 +21,7 @@ class Linear(nnx.Module):
 
     `weight` holds a float array, or once a quantized checkpoint is loaded a `W4Weight` or its layout for a kernel; then
     `scheme` says whether activations are quantized too ("w4a8") or only weights ("w4a16"). "bf16" stands for any float
-    weight.
+    weight. A `MasterWeight`, in training, computes as w4a8.
     """
 
     def __init__(self, k: int, n: int, *, use_bias: bool = False, param_dtype: Any = jnp.bfloat16, rngs: nnx.Rngs):
@@ -37,6 +38,8 @@ class Linear(nnx.Module):
         if isinstance(weight, W4Weight | FragmentWeight):
             matmul: Any = {"w4a8": w4a8_matmul, "w4a16": w4a16_matmul}[self.scheme]
             y = matmul(x, weight, out_dtype=x.dtype)
+        elif isinstance(weight, MasterWeight):
+            y = straight_through_matmul(x, weight, out_dtype=x.dtype)
         else:
             y = x @ weight.astype(x.dtype).T
         return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, calibrate, evaluate, generate, inspect, quantize, reference_model, verify
+from . import bench, calibrate, distill, evaluate, generate, inspect, quantize, reference_model, verify
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -93,6 +93,7 @@ def root(
 
 app.command("quantize")(quantize.command)
 app.command("calibrate")(calibrate.command)
+app.command("distill")(distill.command)
 app.command("generate")(generate.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)

@@ -34,6 +34,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import GROUP_SIZE, W4A8Error, W4Weight, convert_scales, pack_codes
+from pallas_kernels.dequantize import lut_magnitudes
 
 from . import rtn
 from .rtn import Numerics, QuantizedTensor
@@ -289,7 +290,7 @@ class _ScaleGrid:
     def _levels(self, choices: Array) -> Float[Array, "9 C R"]:
         """The magnitudes of codes 0..8, in the rows' units."""
         if self.numerics == "lut":
-            levels = rtn._lut_magnitudes(rtn._grid_value(choices)) * (self.channel_scale / self.unit)[:, None]
+            levels = lut_magnitudes(rtn._grid_value(choices)) * (self.channel_scale / self.unit)[:, None]
         else:
             levels = jnp.arange(9, dtype=jnp.float32) * (choices / self.unit)[..., None]
         return jnp.moveaxis(levels, -1, 0)

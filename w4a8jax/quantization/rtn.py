@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels import GROUP_SIZE, W4A8Error, convert_scales, lut_levels, pack_codes, to_e4m3
+from pallas_kernels import GROUP_SIZE, W4A8Error, convert_scales, pack_codes, to_e4m3
+from pallas_kernels.dequantize import lut_magnitudes, nearest_codes
 
 Numerics = Literal["lut", "exact"]
 Search = Literal["full", "fast", "none"]
@@ -206,7 +207,7 @@ def _quantize_block(
     if search == "none":
         codes = jnp.clip(jnp.round(groups / scale.astype(jnp.float32)[..., None]), code_min, 7).astype(jnp.int8)
     else:
-        codes = _nearest_codes(groups, levels * channel_scale[:, None, None], code_min)
+        codes = nearest_codes(groups, levels * channel_scale[:, None, None], code_min)
     codes = jax.lax.optimization_barrier(codes)  # computed once, not again in each use
     value = _take_level(codes, levels) * (channel_scale / unit)[:, None, None]
     relative = groups / unit[:, None, None]
@@ -224,24 +225,9 @@ def _kernel_levels(scale: Float[Array, "R G"], numerics: Numerics) -> tuple[Arra
     """The magnitudes of codes 0..8, fp32 [R, G, 9], before the channel scale [R]."""
     if numerics == "lut":
         group_scale, channel_scale = convert_scales(scale)
-        return _lut_magnitudes(group_scale), channel_scale
+        return lut_magnitudes(group_scale), channel_scale
     levels = jnp.arange(9, dtype=jnp.float32) * scale.astype(jnp.float32)[..., None]
     return levels, jnp.ones(scale.shape[:1], jnp.float32)
-
-
-def _lut_magnitudes(group_scale: Array) -> Float[Array, "... 9"]:
-    """e4m3(q * g) for q = 0..8: the magnitudes of codes 0, -1, ..., -8."""
-    return jnp.abs(lut_levels(group_scale).astype(jnp.float32))[..., 8::-1]
-
-
-def _nearest_codes(groups: Float[Array, "R G 128"], levels: Float[Array, "R G 9"], code_min: int) -> Array:
-    """int8 [R, G, 128]: the code whose level is nearest; between two, the smaller."""
-    borders = (levels[..., 1:] * 0.5 + levels[..., :-1] * 0.5)[..., None]
-    magnitude = jnp.abs(groups)
-    count = sum((magnitude > borders[:, :, q]).astype(jnp.int8) for q in range(7))
-    if code_min == -8:
-        count += (-groups > borders[:, :, 7]).astype(jnp.int8)
-    return jnp.where(groups < 0, -count, count)
 
 
 def _take_level(codes: Int[Array, "R G 128"], levels: Float[Array, "R G 9"]) -> Float[Array, "R G 128"]:
@@ -300,7 +286,7 @@ def _search_lut(score: _Scorer, peak: Float[Array, "R G"], unit: Float[Array, "R
         reach += reach <= _SUBNORMAL_GRID_INDEX  # where steps are coarse, the g above is worth a try
         index = jnp.clip(reach + steps, 1, _TOP_GRID_INDEX)
         index = jnp.append(index, jnp.full_like(index[:1], _TOP_GRID_INDEX), axis=0)
-        gain = score(_lut_magnitudes(_grid_value(index)) * (channel_scale / unit)[:, None, None])
+        gain = score(lut_magnitudes(_grid_value(index)) * (channel_scale / unit)[:, None, None])
         best_gain = jnp.min(gain, axis=0)
         index = jnp.take_along_axis(index, jnp.argmin(gain, axis=0, keepdims=True), axis=0)[0]
         # The channel scale stands only if a group does have the row's largest scale: the one that loses least by

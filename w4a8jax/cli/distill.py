@@ -40,8 +40,12 @@ def command(
     ] = "keep",
     refit_every: Annotated[int, typer.Option("--refit-every", help="Steps between refits.")] = 50,
     train: Annotated[
-        list[Literal["norms", "embedding"]] | None,
-        typer.Option("--train", help="Train these too, beside the quantized linears; may be repeated."),
+        list[str] | None,
+        typer.Option(
+            "--train",
+            metavar="norms|embedding",
+            help="Train these too, beside the quantized linears; may be repeated.",
+        ),
     ] = None,
     master_dtype: Annotated[
         Literal["float32", "bfloat16"],
@@ -81,7 +85,7 @@ def command(
 
     options = DistillationOptions(
         steps=steps, batch=batch, length=length, pack=pack, accumulate=accumulate, learning_rate=learning_rate,
-        warmup=warmup, weight_decay=weight_decay, scales=scales, refit_every=refit_every, train=tuple(train or ()),
+        warmup=warmup, weight_decay=weight_decay, scales=scales, refit_every=refit_every, train=tuple(train or ()),  # type: ignore[arg-type]
         master_dtype=master_dtype, dtype=dtype, teacher_top_k=teacher_top_k, seed=seed,
         validate_every=validate_every, save_every=save_every,
     )  # fmt: skip

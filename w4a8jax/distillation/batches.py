@@ -1,7 +1,5 @@
 """Batches of calibration samples in an order that follows from the step alone, so that a resume needs no state."""
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 
@@ -68,6 +66,6 @@ class Batches:
         rows = np.arange(-(-len(self) // batch) * batch)
         return [self.rows(part) for part in np.where(rows < len(self), rows, -1).reshape(-1, batch)]
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019: as short-lived as a training
+    @functools.lru_cache(maxsize=4)  # noqa: B019
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self))

@@ -1,10 +1,9 @@
-"""The loss: Kullback-Leibler divergence from teacher to student (Hinton et al., 2015, arXiv:1503.02531) at temperature 1.
+"""The loss: Kullback-Leibler divergence from teacher to student at temperature 1
+(Hinton et al., 2015, arXiv:1503.02531).
 
 Logits are made for one chunk of positions at a time, and again in the backward pass, so that memory does not grow with
 tokens times vocabulary.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """A teacher's top-k log probabilities on disk, so that a large teacher runs once."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import partial

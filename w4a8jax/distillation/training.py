@@ -111,7 +111,9 @@ class _Training:
         self.options, self.target, self.source = options, target, student
         self.progress = progress or (lambda what, done, total: None)
         self.batches = Batches(data, options.batch, options.length, options.seed)
-        self.held_out = held_out and Batches(held_out, options.batch, options.length, options.seed)
+        self.held_out: Batches | None = None
+        if held_out is not None:
+            self.held_out = Batches(held_out, options.batch, options.length, options.seed)
         self._check_vocabulary(student, data, held_out)
         original, decoder, names = load_pair(teacher, student, dtype=options.dtype, mesh=mesh)
         self.sharding = None if mesh is None else Sharding(mesh, decoder.config)
@@ -147,7 +149,7 @@ class _Training:
         size = CheckpointReader(student).config.get("vocab_size", math.inf)
         for part in data:
             for sample in part.samples if part is not None else ():
-                if sample.tokens.size and not (0 <= sample.tokens.min() and sample.tokens.max() < size):
+                if sample.tokens.size and not (sample.tokens.min() >= 0 and sample.tokens.max() < size):
                     raise W4A8Error(
                         f"{part.name if part else ''}: line {sample.line}: has a token id outside the vocabulary, "
                         f"0 .. {size - 1}"
@@ -216,8 +218,8 @@ class _Training:
     def _note(self, record: DistillationRecord, step: int, loss: float, counted: int, rate: float) -> None:
         if not math.isfinite(loss):
             raise W4A8Error(
-                f"step {step + 1}: the loss is {loss}; take a lower learning rate than {self.options.learning_rate}, or "
-                "look for NaN in the checkpoints"
+                f"step {step + 1}: the loss is {loss}; take a lower learning rate than {self.options.learning_rate}, "
+                "or look for NaN in the checkpoints"
             )
         tokens = (record.train[-1][1] if record.train else 0) + counted
         record.train.append([step + 1, tokens, loss, rate])

@@ -1,7 +1,5 @@
 """One optimizer update: the loss over a batch in parts, AdamW on the master weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,7 +83,7 @@ def loss_and_gradient(
 def make_update(
     student: Student, teacher: Structure, options: DistillationOptions
 ) -> Callable[..., tuple[State, Float[Array, ""]]]:
-    """The compiled update `(state, frozen, teacher leaves, step, batch..., top_k) -> state, loss`; donates the state."""
+    """The compiled `(state, frozen, teacher leaves, step, batch..., top_k) -> state, loss`; it donates the state."""
     transformation = optimizer(options)
 
     def update(

@@ -50,6 +50,10 @@ def data_of(name: str, rows: np.ndarray) -> CalibrationData:
     return CalibrationData(samples, name, len(samples))
 
 
+def _without_folder(argument: str) -> str:
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that prepare.py wrote")
@@ -58,8 +62,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=32, help="sequences")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--warmup", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--warmup", type=int, default=30)
     parser.add_argument("--scales", choices=("keep", "refit"), default="keep")
     parser.add_argument("--train", action="append", default=[], choices=("norms", "embedding"))
     parser.add_argument("--mix", default="library=1,tests=1,chat=0.5", help="how often each part occurs in an epoch")
@@ -102,10 +106,10 @@ def main() -> None:
         shutil.copyfile(target / "model-00001-of-00001.safetensors", arguments.out / "student.safetensors")
         result = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["python", "experiments/distill.py", *sys.argv[1:]]),
+            "command": " ".join(["python", "experiments/distill.py", *map(_without_folder, sys.argv[1:])]),
             "device": jax.devices()[0].device_kind,
             "versions": {"python": platform.python_version(), "jax": jax.__version__},
-            "distillation": {"settings": {k: str(v) for k, v in record.settings.items()}}
+            "distillation": {"settings": {k: v for k, v in record.settings.items() if k not in ("teacher", "student")}}
             | {"train": record.train, "validation": record.validation, "seconds": record.seconds},
         }
         text = w4a8jax.reference_text("test")

@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=32, help="sequences")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--warmup", type=int, default=30)
     parser.add_argument("--scales", choices=("keep", "refit"), default="keep")
     parser.add_argument("--train", action="append", default=[], choices=("norms", "embedding"))

@@ -31,7 +31,7 @@ CASES = [  # tokens and TuningConfig: tile_tokens, row_blocks, warpgroups, stage
     (136, (160, 2, 2, 4)),
     (200, (256, 1, 2, 4)),
     (256, (256, 1, 2, 4)),
-    (1000, (192, 1, 2, 6, True)),
+    (1000, (192, 1, 2, 5, True)),
     (1504, (256, 1, 2, 4, True, 2)),
     (1504, (16, 2, 1, 16, True)),
 ]

@@ -1,4 +1,4 @@
-"""Makes agentic traces from real text: one long system prompt with a block of tools, repeated in all of them, then turns.
+"""Makes agentic traces from real text: a long system prompt with a block of tools, repeated in all, then turns.
 
     python experiments/agentic_traces.py traces.jsonl --count 16 --seed 0
 

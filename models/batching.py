@@ -19,10 +19,13 @@ def bucket(length: int, limit: int) -> int:
     return min(max(MIN_BUCKET, 1 << (length - 1).bit_length()), limit)
 
 
-def chunk_size(config: DecoderConfig, batch: int, slots: int, most: int) -> int:
-    """Tokens of a sequence to prefill at once, given the cache's slots: `most`, halved until scores fit their share."""
+def chunk_size(config: DecoderConfig, batch: int, most: int) -> int:
+    """Tokens of a sequence to prefill at once: `most`, halved until the first chunk's scores fit their share.
+
+    Later chunks attend to the cache in blocks, see `models.layers.chunk_attention`.
+    """
     chunk = most
-    while chunk > 2 * MIN_BUCKET and 4 * batch * config.num_heads * chunk * (slots + chunk) > SCORE_BYTES:
+    while chunk > 2 * MIN_BUCKET and 4 * batch * config.num_heads * chunk**2 > SCORE_BYTES:
         chunk //= 2
     return chunk
 

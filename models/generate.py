@@ -172,7 +172,7 @@ class Run:
         self._reasons: list[FinishReason] = ["stop"] * batch
         self._tokens: list[list[int]] = [[] for _ in range(batch)]
         self._slots = bucket(int((lengths + self._limit).max()) - 1, context)
-        chunk = chunk_size(config, batch, self._slots, generator.chunk)
+        chunk = chunk_size(config, batch, generator.chunk)
         self._width = min(chunk, bucket(int(lengths.max()), context))
 
     def stop(self, sequence: int) -> None:

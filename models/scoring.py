@@ -82,7 +82,7 @@ def _prepare(
     """The decoder's parts, the width of chunks, and a cache if there is more than one."""
     config, batch = decoder.config, len(sequences)
     slots = bucket(max(len(s) for s in sequences), config.max_context)
-    width = min(chunk_size(config, batch, slots, most), slots)
+    width = min(chunk_size(config, batch, most), slots)
     structure, leaves = split(decoder)
     cache = KVCache.create(config, batch, slots, decoder.dtype, decoder.cache_sharding) if slots > width else None
     return structure, leaves, cache, width

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from ..config import DecoderConfig
 from ..kv_cache import LayerCache
+from .chunk_attention import chunk_attention
 from .linear import Linear
 from .norm import RMSNorm
 from .rope import apply_rope
@@ -90,30 +91,6 @@ def causal_attention(
     """Attention of a sequence to itself; with a window, to the last `window` tokens, the current one included."""
     local = None if window is None or window >= q.shape[1] else (window - 1, 0)
     return _attention(q, k, v, is_causal=True, key_value_seq_lengths=lengths, local_window_size=local)
-
-
-def chunk_attention(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B T H D"],
-    v: Float[Array, "B T H D"],
-    cache: LayerCache,
-    start: Int[Array, "B"],
-    lengths: Int[Array, "B"],
-    window: int | None,
-) -> Float[Array, "B T N D"]:
-    """Attention of the next T tokens of a sequence to the cache, which does not hold them yet, and to themselves."""
-    step = jnp.arange(q.shape[1])
-    new = jnp.where(step < lengths[:, None], start[:, None] + step, -1)
-    key_position = jnp.concatenate([cache.positions(start), new], axis=1)[:, None, None, :]
-    query_position = (start[:, None] + step)[:, None, :, None]
-    mask = (key_position >= 0) & (key_position <= query_position)
-    if window is not None:
-        mask &= query_position - key_position < window
-    # A padding query in a sequence of no tokens would see nothing; a row must have one key to stay finite.
-    mask |= ~jnp.any(mask, axis=-1, keepdims=True)
-    keys = jnp.concatenate([cache.k.astype(k.dtype), k], axis=1)
-    values = jnp.concatenate([cache.v.astype(v.dtype), v], axis=1)
-    return jax.nn.dot_product_attention(q, keys, values, mask=mask)
 
 
 def _attention(q: Array, k: Array, v: Array, **masks: Any) -> Array:

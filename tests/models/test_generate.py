@@ -271,11 +271,11 @@ def test_nan_logits_are_an_error():
 
 def test_chunks_shrink_where_scores_would_be_large():
     config = tiny_decoder("llama").config
-    assert batching.chunk_size(config, 1, 128, 2048) == 2048
-    big = dataclasses.replace(config, num_heads=64)
-    chunk = batching.chunk_size(big, 1, 65536, 2048)
-    assert 4 * 64 * chunk * (65536 + chunk) <= batching.SCORE_BYTES < 4 * 64 * 2 * chunk * (65536 + 2 * chunk)
-    assert batching.chunk_size(big, 10**6, 65536, 2048) == 32
+    assert batching.chunk_size(config, 1, 2048) == 2048
+    big = dataclasses.replace(config, num_heads=96)
+    chunk = batching.chunk_size(big, 1, 2048)
+    assert 4 * 96 * chunk**2 <= batching.SCORE_BYTES < 4 * 96 * (2 * chunk) ** 2
+    assert batching.chunk_size(big, 10**6, 2048) == 32
 
 
 def test_buckets():

@@ -132,7 +132,7 @@ def _batches(lengths: Sequence[int], config: DecoderConfig) -> list[_Batch]:
         end = index + 1
         while end < len(lengths) and end - index < most and bucket(lengths[end], 1 << 62) == slots:
             end += 1
-        width = min(slots, chunk_size(config, most, slots, CHUNK))
+        width = min(slots, chunk_size(config, most, CHUNK))
         # Rows of no tokens fill the batch, so that a bucket compiles once.
         missing = (0,) * (most - (end - index))
         batches.append(_Batch((*rows[index:end], *missing), (*lengths[index:end], *missing), slots, width))

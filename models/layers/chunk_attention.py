@@ -124,8 +124,8 @@ def _to_window(
         # Padding may be a whole window behind the last token; it must have a key to stay finite.
         mask |= key[:, None, :] == query
         some = jax.lax.dynamic_slice_in_dim(q, first, width, axis=1)
-        near = (jax.lax.dynamic_slice_in_dim(a, first, count, axis=1) for a in (keys, values))
-        return jax.nn.dot_product_attention(some, *near, mask=mask[:, None])
+        near_k, near_v = (jax.lax.dynamic_slice_in_dim(a, first, count, axis=1) for a in (keys, values))
+        return jax.nn.dot_product_attention(some, near_k, near_v, mask=mask[:, None])
 
     y = jax.lax.map(block, jnp.arange(steps // width))
     return jnp.moveaxis(y, 0, 1).reshape(q.shape)

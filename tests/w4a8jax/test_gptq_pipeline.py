@@ -71,6 +71,8 @@ def test_all_layers_gain_and_the_result_loads(made):
     error, nearest = summary.output_errors
     assert error < 0.95 * nearest
     assert "6 samples, 360 tokens" in summary.calibration
+    assert summary.calibration_tokens == 360
+    assert 0 < summary.seconds["calibrate"] < summary.seconds["total"]
     record = json.loads((target / "quantization_summary.json").read_text())
     assert record["method"] == "gptq"
     assert w4a8jax.verify(target).servable

@@ -5,10 +5,12 @@ Modules with the same input share its Hessian. Weights are quantized as the chec
 """
 
 import re
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -46,6 +48,10 @@ class GptqQuantizer:
         numerics, code_min, search, act_order, damping: see `gptq_quantize_weight` and `factorize`.
         check: called with the name and the value of each weight that is read.
 
+    Attributes:
+        seconds: so far, of running the calibration data through layers; not of solving.
+        tokens: int, how many are run: those of the data without what follows a trace's last token that counts.
+
     Raises:
         W4A8Error: the model's family is unknown, or it is not dense; a part of a fused module would be quantized.
     """
@@ -70,7 +76,7 @@ class GptqQuantizer:
         self._options: dict[str, Any] = {"numerics": numerics, "code_min": code_min}
         self._search, self._act_order, self._damping = search, act_order, damping
         self._ready: dict[str, GptqResult] = {}
-        self._next = 0
+        self._next, self.seconds = 0, 0.0
         for layer in range(self._config.num_layers):
             for path in ("attention.qkv", "mlp.gate_up"):
                 self._quantized(layer, path)
@@ -82,6 +88,7 @@ class GptqQuantizer:
             )
         embedding = reader.read(f"{self._names['embedding'][0]}.weight")
         self._stream = ResidualStream(data.samples, embedding, self._config, jnp.bfloat16)
+        self.tokens = self._stream.tokens
 
     def close(self) -> None:
         """Frees the stream's file."""
@@ -106,7 +113,10 @@ class GptqQuantizer:
             todo = [path for path in stage if self._quantized(layer, path)]
             source = {p: _SAME_INPUT.get(p, p) if self._config.parallel_block else p for p in todo}
             taps = sorted(set(source.values()))
+            began = time.perf_counter()
             sums = hessians(block, self._stream, taps, fp8=self._scheme == "w4a8") if taps else {}
+            jax.block_until_ready(sums)
+            self.seconds += time.perf_counter() - began
             for tap in taps:
                 name = f"model.layers.{layer}, input of {tap}"
                 factor: Factor | str
@@ -118,7 +128,9 @@ class GptqQuantizer:
                     self._quantize_module(block, layer, path, factor)
                 del factor
         if layer + 1 < self._config.num_layers:
+            began = time.perf_counter()
             advance(block, self._stream)
+            self.seconds += time.perf_counter() - began
 
     def _quantize_module(self, block: Block, layer: int, path: str, factor: Factor | str) -> None:
         """Quantizes the parts of a fused module, and puts the result into the block."""

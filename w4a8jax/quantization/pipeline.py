@@ -185,6 +185,7 @@ def quantize(
             reader, modules, data, scheme=scheme, numerics=numerics, code_min=code_min, search=search,
             act_order=act_order, damping=damping, check=_check_finite,
         )  # fmt: skip
+        summary["calibration_tokens"] = gptq.tokens
     with CheckpointWriter(
         target,
         [item.specs() for item in items],
@@ -296,6 +297,8 @@ def _quantize(
 def _quantize_gptq(gptq: GptqQuantizer, writer: CheckpointWriter, item: Item, seconds: dict[str, float]) -> None:
     with _timed(seconds, "quantize"):
         found = gptq.quantize(str(item.module))
+    seconds["quantize"] -= gptq.seconds - seconds.get("calibrate", 0.0)
+    seconds["calibrate"] = gptq.seconds
     errors = found.output_error, found.rtn_output_error
     more = {} if found.output_error != found.output_error else dict(zip(OUTPUT_ERRORS, errors, strict=True))
     _write(writer, item, seconds, found.tensor, fallback=found.fallback, **more)

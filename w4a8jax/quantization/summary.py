@@ -61,8 +61,8 @@ class QuantizationSummary:
         skipped: tensors that were not quantized, and why.
         warnings: what the user should know.
         parameters: of the whole model; source_bytes, target_bytes: its tensors on disk.
-        seconds: wall time, "total" and by phase: "read", "quantize", "write", "check".
-        method: "rtn" or "gptq"; calibration: a line on the data that it used.
+        seconds: wall time, "total" and by phase: "read", "quantize", "write", "check", and of GPTQ "calibrate".
+        method: "rtn" or "gptq"; calibration: a line on the data that it used; calibration_tokens: how many were run.
         resumed_shards: shards that an interrupted run had left; their layers' time is not in `seconds`.
     """
 
@@ -82,6 +82,7 @@ class QuantizationSummary:
     resumed_shards: int = 0
     method: str = "rtn"
     calibration: str = ""
+    calibration_tokens: int = 0
 
     @property
     def quantized_parameters(self) -> int:
@@ -147,7 +148,10 @@ class QuantizationSummary:
         console.print(table)
         if self.output_errors:
             error, nearest = self.output_errors
-            console.print(f"calibration: {self.calibration}", markup=False, highlight=False)
+            pace = ""
+            if self.calibration_tokens and (seconds := self.seconds.get("calibrate")):
+                pace = f"; {1000 * seconds / self.calibration_tokens:.2f} ms a token"
+            console.print(f"calibration: {self.calibration}{pace}", markup=False, highlight=False)
             console.print(f"error of layers' outputs {error:.4f}, rounded to nearest {nearest:.4f}", highlight=False)
         for layer in self.layers:
             if layer.fallback:

@@ -57,7 +57,8 @@ def main() -> None:
     print("\n| tokens of the trace | peak memory, MB | calibration, s | ms a token |\n|---|---|---|---|")
     for row in record["rows"]:
         cells = f"{row['peak_bytes'] / 1e6:.0f} | {row['calibrate_seconds']:.0f} | {row['ms_per_token']:.2f}"
-        print(f"| {row['tokens']:,} | {cells} |")
+        packed = f", packed from {row['packed_traces']}" if row["packed_traces"] else ""
+        print(f"| {row['tokens']:,}{packed} | {cells} |")
     print(f"\nPeak memory grows by {record['peak_growth']:.2f} times.")
 
 

@@ -84,7 +84,7 @@ def test_logits_and_tokens_are_those_of_one_device(family: str, shards: int, qua
     assert np.linalg.norm(found - expected) < limit * np.linalg.norm(expected)
     if family == "cohere2" and not quantized:
         prompts = [[1, 5, 7, 9], [3] * 20]
-        runs = [Generator(decoder).generate(prompts, max_new_tokens=16)[0] for decoder in (one, many)]
+        runs = [Generator(decoder, chunk=16).generate(prompts, max_new_tokens=16)[0] for decoder in (one, many)]
         assert [r.tokens for r in runs[0]] == [r.tokens for r in runs[1]]
 
 

@@ -24,16 +24,19 @@ def by_name(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def quality(rows: list[dict[str, Any]]) -> None:
-    """A line for each recipe; a table for each text."""
+    """A line for each recipe; perplexity and top-1 agreement for the first text alone."""
     found = by_name(rows)
-    for text in next(iter(found.values()))[0]:
-        first = next(iter(found.values()))[0][text]
-        print(f"\n{text}, {first['tokens']:,} tokens, bf16 perplexity {first['perplexity_bf16']:.3f}:\n")
-        print("| | perplexity | KL to bf16, nats | same first choice, % |\n|---|---|---|---|")
-        for name, seeds in found.items():
-            columns = [[seed[text][key] for seed in seeds] for key in ("perplexity", "kl", "top1")]
-            perplexity, kl, top1 = columns
-            print(f"| {name} | {spread(perplexity, 3)} | {spread(kl, 4)} | {spread(top1, 2, 100)} |")
+    first, *_ = found.values()
+    for text, values in first[0].items():
+        print(f"\n{text}: {values['tokens']:,} tokens, bf16 perplexity {values['perplexity_bf16']:.3f}", end="")
+    main, *others = first[0]
+    heads = [f"{main}: perplexity", "KL to bf16, nats", "same first choice, %", *(f"{text}: KL" for text in others)]
+    print("\n\n| |", " | ".join(heads), "|\n|" + "---|" * (len(heads) + 1))
+    for name, seeds in found.items():
+        cells = [(main, "perplexity", 3, 1), (main, "kl", 4, 1), (main, "top1", 2, 100)]
+        cells += [(text, "kl", 4, 1) for text in others]
+        columns = [spread([seed[text][key] for seed in seeds], n, scale) for text, key, n, scale in cells]
+        print("|", " | ".join([name, *columns]), "|")
 
 
 def gains(rows: list[dict[str, Any]], base: str, better: str) -> None:

@@ -57,7 +57,8 @@ class TuningConfig:
         stream_k: whether blocks share the tiles that do not fill the grid.
         cluster: blocks, 1 or 2, that compute neighbouring rows in step and receive x together.
         ctas: blocks of the grid; one per multiprocessor.
-        lead: where tiles are fewer than blocks and shared, K steps of 128 that a tile's owner does more than others.
+        lead: where tiles are fewer than blocks and shared, K steps of 128 that a tile's owner does more than others;
+            0 for even shares.
     """
 
     tile_tokens: int
@@ -108,6 +109,8 @@ class TuningConfig:
             raise W4A8Error(f"kernel: {self} needs {needed} bytes of shared memory; {_SHARED_MEMORY} exist")
         if self.stages < 3 or self.warpgroups not in (1, 2, 3) or self.cluster not in (1, 2):
             raise W4A8Error(f"kernel: at least 3 stages, 1 to 3 warpgroups and clusters of 1 or 2, found {self}")
+        if self.lead < 0:
+            raise W4A8Error(f"kernel: lead is not negative, found {self}")
         if self.ctas * self.warpgroups > FLAGS:
             raise W4A8Error(f"kernel: ctas * warpgroups is at most {FLAGS}, found {self}")
 

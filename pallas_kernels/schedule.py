@@ -23,7 +23,7 @@ class Schedule:
         k_steps: steps of a tile.
         blocks: blocks of the grid (clusters, if there are such) that exist at most.
         stream_k: whether to divide the tail.
-        lead: K steps that an owner does more than a block that has no tile of its own; at most as far as shares allow.
+        lead: K steps that an owner does more than a block that owns no tile, as far as shares allow; 0 makes shares even.
     """
 
     tiles: int
@@ -57,7 +57,7 @@ class Schedule:
     @property
     def apart(self) -> bool:
         """Whether some blocks own no tile."""
-        return self.splits and self.tiles < self.grid
+        return self.lead > 0 and self.splits and self.tiles < self.grid
 
     @property
     def helpers(self) -> int:

@@ -90,9 +90,9 @@ def force_config(config: TuningConfig | None) -> Iterator[None]:
 def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
     """A configuration for M tokens and a weight [N, K], N a multiple of 128, that no table knows.
 
-    From measurements of "lut" numerics on H200s: with few tokens, small tiles in a deep pipeline, of 256 rows where
-    the weight is large; with many, large tiles, those that a rough model finds quickest. Blocks share tiles where the
-    estimated gain exceeds the cost. The tiles of "exact" numerics and of W4A16 were not tuned.
+    From measurements of "lut" numerics on H200s: with few tokens, small tiles in a deep pipeline, of 128 rows where
+    those are fewer than blocks, which share them then, of 256 rows where the weight is large; with many, large tiles,
+    those that a rough model finds quickest. Blocks share tiles where the estimated gain exceeds the cost. The tiles of "exact" numerics and of W4A16 were not tuned.
     """
     if form == "bf16":
         return _heuristic_bf16(m, n, k)
@@ -101,12 +101,20 @@ def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
     if m > most == 128:
         return _heuristic_many(m, n, k)
     tokens = next(t for t in sorted({8, 16, 32, 64, most}) if m <= t or t == most)
+    if tokens <= 32 and most == 128 and k % 256 == 0 and n // 128 < TuningConfig.ctas:
+        config = _share(TuningConfig(tokens, 1, 2, 8), m, n, k, 1.4e9)[1]
+        return dataclasses.replace(config, lead=_lead(n // 128, config.ctas)) if config.stream_k else config
     large = n * k > 4e7 if m <= 16 else n >= 12288 or m > 128
     if n % 256 == 0 and large:
         config = TuningConfig(tokens, 2, 2, 8 if tokens <= 32 else 6 if tokens <= 64 else 4)
     else:
         config = TuningConfig(tokens, 2, 1, 16 if tokens <= 16 else 12 if tokens <= 32 else 8 if tokens <= 64 else 6)
     return _share(config, m, n, k, 1.4e9)[1]
+
+
+def _lead(tiles: int, ctas: int) -> int:
+    """Of owners of tiles of 128 rows: the more tiles each of the other blocks touches, the later its last sums are."""
+    return min(24, 2 * round(3 + 2 * tiles / (ctas - tiles)))
 
 
 def _heuristic_many(m: int, n: int, k: int) -> TuningConfig:
@@ -219,10 +227,10 @@ def _leads(config: TuningConfig, m: int, n: int) -> tuple[int, ...]:
     if n // config.tile_rows * -(-m // config.tile_tokens) >= config.ctas:
         return (0,)
     if config.tile_tokens > 64:
-        return (0, 4)
+        return (0,)
     if config.tile_rows >= 256:
         return (0, 5, 8)
-    return (6, 16) if config.tile_tokens == 64 else (6, 10, 16, 24)
+    return (0, 6, 16) if config.tile_tokens == 64 else (6, 10, 16, 24)
 
 
 def _filled(config: TuningConfig, m: int, n: int) -> float:

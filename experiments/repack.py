@@ -3,7 +3,8 @@
 python experiments/repack.py --out experiments/results/repack_h200.json
 
 The 64 layers' four fused projections, 105 of its 111 B parameters; the embedding stays bf16. Codes are random and are
-made on the device before the clock starts.
+made on the device before the clock starts. One layer is repacked before the others exist, as when a model is loaded: the
+compiler's own trials take memory then, when there is plenty. Its seconds count.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import W4Weight, prepare_weight
+from pallas_kernels import FragmentWeight, W4Weight, prepare_weight
 
 LAYERS = 64
 SHAPES = [(14336, 12288), (12288, 12288), (73728, 12288), (12288, 36864)]  # N, K of qkv, o, gate_up, down
@@ -26,22 +27,36 @@ def random_codes(key: jax.Array, n: int, k: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(jax.random.bits(key, (n, k // 8), jnp.uint32), jnp.int32)
 
 
-def main(layers: int, shapes: list[tuple[int, int]]) -> dict[str, object]:
-    device = jax.devices()[0]
-    weights = []
-    for i in range(layers):
-        for j, (n, k) in enumerate(shapes):
-            codes = random_codes(jax.random.key(len(shapes) * i + j), n, k)
-            scale = jnp.full((n, k // 128), 8, jnp.float8_e4m3fn)
-            weights.append(W4Weight(codes, scale, jnp.ones(n, jnp.float32), "lut", -8))
-    jax.block_until_ready(weights)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-    before = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+def random_layer(seed: int, shapes: list[tuple[int, int]]) -> list[W4Weight | FragmentWeight]:
+    layer: list[W4Weight | FragmentWeight] = []
+    for j, (n, k) in enumerate(shapes):
+        codes = random_codes(jax.random.key(len(shapes) * seed + j), n, k)
+        scale = jnp.full((n, k // 128), 8, jnp.float8_e4m3fn)
+        layer.append(W4Weight(codes, scale, jnp.ones(n, jnp.float32), "lut", -8))
+    return jax.block_until_ready(layer)
+
+
+def repack(weights: list[W4Weight | FragmentWeight]) -> float:
+    """Replaces each weight that is not repacked yet; seconds."""
     start = time.perf_counter()
     for i in range(len(weights)):
-        weights[i] = prepare_weight(weights[i])
-        jax.block_until_ready(weights[i])
-    seconds = time.perf_counter() - start
+        w = weights[i]
+        if isinstance(w, W4Weight):
+            weights[i] = prepare_weight(w)
+            del w
+            jax.block_until_ready(weights[i])
+    return time.perf_counter() - start
+
+
+def main(layers: int, shapes: list[tuple[int, int]]) -> dict[str, object]:
+    device = jax.devices()[0]
+    weights = random_layer(0, shapes)
+    first_seconds = repack(weights)
+    for i in range(1, layers):
+        weights += random_layer(i, shapes)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    before = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    seconds = first_seconds + repack(weights)
     stats = device.memory_stats() or {}
     layer = held // layers
     return {
@@ -51,6 +66,7 @@ def main(layers: int, shapes: list[tuple[int, int]]) -> dict[str, object]:
         "command": "python experiments/repack.py",
         "parameters": layers * sum(n * k for n, k in shapes),
         "seconds": seconds,
+        "seconds_of_first_layer": first_seconds,
         "bytes_held": held,
         "bytes_of_a_layer": layer,
         "peak_before": before,

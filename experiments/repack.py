@@ -3,8 +3,8 @@
 python experiments/repack.py --out experiments/results/repack_h200.json
 
 The 64 layers' four fused projections, 105 of its 111 B parameters; the embedding stays bf16. Codes are random and are
-made on the device before the clock starts. One layer is repacked before the others exist, as when a model is loaded: the
-compiler's own trials take memory then, when there is plenty. Its seconds count.
+made on the device before the clock starts. One layer is repacked before the others exist, as when a model is loaded:
+the compiler's own trials take memory then, when there is plenty. Its seconds count.
 """
 
 import argparse

@@ -23,7 +23,7 @@ class Schedule:
         k_steps: steps of a tile.
         blocks: blocks of the grid (clusters, if there are such) that exist at most.
         stream_k: whether to divide the tail.
-        lead: K steps that an owner does more than a block that owns no tile, as far as shares allow; 0 makes shares even.
+        lead: K steps that an owner does more than a block that owns no tile, as far as shares allow; 0 for even shares.
     """
 
     tiles: int

@@ -92,7 +92,8 @@ def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
 
     From measurements of "lut" numerics on H200s: with few tokens, small tiles in a deep pipeline, of 128 rows where
     those are fewer than blocks, which share them then, of 256 rows where the weight is large; with many, large tiles,
-    those that a rough model finds quickest. Blocks share tiles where the estimated gain exceeds the cost. The tiles of "exact" numerics and of W4A16 were not tuned.
+    those that a rough model finds quickest. Blocks share tiles where the estimated gain exceeds the cost.
+    The tiles of "exact" numerics and of W4A16 were not tuned.
     """
     if form == "bf16":
         return _heuristic_bf16(m, n, k)

@@ -326,6 +326,25 @@ class TestRun:
         assert "failed: RuntimeError" in lines[3]
         json.dumps(record.rows)
 
+    def test_long_products_are_timed_in_turns(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Here each turn is slower; a kernel that fails in the second has no time."""
+        monkeypatch.setattr(gemm, "_HOT", 0)
+        order: list[Any] = []
+
+        def measure(launch: Callable[[int], Any], *, synchronize: Any, launches: int) -> timing.Timing:
+            order.append(synchronize.__self__.name)
+            if len(order) == 4:
+                raise W4A8Error("timing: CUPTI recorded no kernel")
+            return timing.Timing.of([10.0 * len(order)] * launches, ("kernel",))
+
+        chosen = kernels.jax_kernels()[:2]
+        record = gemm.run(Record({"copy_TB_s": 3.0}), chosen, [(128, 256)], [1], measure=measure)
+        a, b = (kernel.name for kernel in chosen)
+        assert order == [a, b, a, b, a]
+        rows = {row["kernel"]: row for row in record.rows}
+        assert rows[b]["failed"] == "in turn 1: W4A8Error: timing: CUPTI recorded no kernel"
+        assert (rows[a]["us"], rows[a]["us_min"], rows[a]["launches"]) == (30.0, 10.0, 72)
+
     def test_resume_measures_what_is_missing_or_failed(self) -> None:
         (kernel,) = kernels.selected(kernels.jax_kernels(), ["bf16"])
         record = Record({"copy_TB_s": 3.0})

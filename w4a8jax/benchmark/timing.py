@@ -29,6 +29,7 @@ class Timing:
         us_quartiles: the first and the third.
         launches: how many were timed.
         kernels: names of the kernels of a launch.
+        times: of each launch, microseconds.
     """
 
     us: float
@@ -36,6 +37,14 @@ class Timing:
     us_quartiles: tuple[float, float]
     launches: int
     kernels: tuple[str, ...]
+    times: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, times: Sequence[float], kernels: Sequence[str]) -> Timing:
+        """From the times of launches, microseconds."""
+        quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [*times] * 3
+        median, around = statistics.median(times), (quartiles[0], quartiles[2])
+        return cls(median, min(times), around, len(times), tuple(kernels), tuple(times))
 
 
 @contextmanager
@@ -124,14 +133,7 @@ def aggregate(records: Sequence[tuple[str, float]], launches: int) -> Timing:
         kernels += [name] * count
         for i in range(launches):
             totals[i] += 1e3 * sum(times[i * count : (i + 1) * count])
-    quartiles = statistics.quantiles(totals, n=4, method="inclusive") if launches > 1 else totals * 3
-    return Timing(
-        us=statistics.median(totals),
-        us_min=min(totals),
-        us_quartiles=(quartiles[0], quartiles[2]),
-        launches=launches,
-        kernels=tuple(kernels),
-    )
+    return Timing.of(totals, kernels)
 
 
 def copy_rate() -> float:

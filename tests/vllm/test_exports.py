@@ -20,11 +20,11 @@ LEFT_OUT = ("weight_scale", "weight_packed")
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """W4A8 checkpoints made by the command line: of the reference model, and of a bf16 toy of every family."""
+    """W4A8 checkpoints made by the command line: of the reference models, and of a bf16 toy of every family."""
     import w4a8jax
 
     folder = tmp_path_factory.mktemp("exports")
-    sources = {"reference_model": w4a8jax.reference_model("dense")}
+    sources = {"reference_model": w4a8jax.reference_model("dense"), "reference_moe": w4a8jax.reference_model("moe")}
     sources |= {family: write_toy(folder / "bf16" / family, family, quantized=False) for family in CONFIGS}
     for name, source in sources.items():
         done = subprocess.run([CLI, "quantize", source, folder / name], capture_output=True, text=True, timeout=600)
@@ -37,7 +37,7 @@ def findings(load_check: Callable[..., Any], exports: list[Path]) -> dict[str, A
     return load_check("exports that vLLM must load", *exports)
 
 
-@pytest.mark.parametrize("name", ["reference_model", *CONFIGS])
+@pytest.mark.parametrize("name", ["reference_model", "reference_moe", *CONFIGS])
 def test_vllm_loads_every_bit(name: str, findings: dict[str, Any], exports: list[Path]) -> None:
     report = findings[name]
     config = json.loads((exports[0].with_name(name) / "config.json").read_text())

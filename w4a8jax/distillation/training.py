@@ -135,7 +135,7 @@ class _Training:
             "validation": None if held_out is None else held_out.describe(),
             "options": options.job(),
             "device": {"kind": devices[0].device_kind, "count": 1 if mesh is None else mesh.size},
-            "versions": {name: version(name) for name in ("w4a8jax", "jax", "flax", "optax", "orbax-checkpoint")}
+            "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
             | {"python": platform.python_version()},
         }
         identities = {

@@ -153,13 +153,15 @@ def samples(model: Model, params: Params, data: Path, length: int = 256) -> list
 def environment(arguments: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     """When, where and how the training ran; without the output folder, which says only where it lay on one machine."""
     device = jax.devices()[0]
-    out = str(arguments.out)
+    command = [
+        "$OUT" if Path(a) == arguments.out else "--out=$OUT" if a.startswith("--out=") else a for a in sys.argv[1:]
+    ]
     recorded = {name: str(value) for name, value in vars(arguments).items()} | {"out": "$OUT"}
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "model": arguments.model,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", Path(sys.argv[0]).name, *("$OUT" if a == out else a for a in sys.argv[1:])]),
+        "command": " ".join(["python", Path(sys.argv[0]).name, *command]),
         "arguments": recorded,
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         "versions": {"python": platform.python_version()}

@@ -16,11 +16,8 @@ def logits() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     rng = np.random.default_rng(0)
     reference = rng.normal(size=100)
     reference[[3, 5]] = 10.0, 10.01
-    return (
-        reference + 0.02 * rng.normal(size=100),
-        reference,
-        [reference + 0.02 * rng.normal(size=100) for _ in "1234"],
-    )
+    kernel, *perturbed = (reference + 0.02 * rng.normal(size=100) for _ in range(1 + SEEDS))
+    return kernel, reference, perturbed
 
 
 def test_a_tie(logits: tuple[np.ndarray, np.ndarray, list[np.ndarray]]) -> None:

@@ -67,10 +67,7 @@ def choose(m: int, n: int, k: int, form: str) -> TuningConfig:
 def choose_grouped(m: int, experts: int, n: int, k: int, form: str) -> TuningConfig:
     """The configuration for M rows in groups, one for each expert, and weights [N, K] in a form.
 
-    It is the forced one, or `heuristic_grouped`'s: tables know dense products only.
-
-    Raises:
-        W4A8Error: the forced configuration does not fit.
+    It is the forced one, which the kernel checks, or `heuristic_grouped`'s: tables know dense products only.
     """
     forced = _forced.value
     return forced if forced is not None else heuristic_grouped(m, experts, n, k, form)
@@ -224,10 +221,8 @@ def candidates(m: int, n: int, k: int, form: str) -> list[TuningConfig]:
 
 
 def _leads(config: TuningConfig, m: int, n: int) -> tuple[int, ...]:
-    """Of owners, where tiles are fewer than blocks: smaller tiles take less time for a K step."""
-    if n // config.tile_rows * -(-m // config.tile_tokens) >= config.ctas:
-        return (0,)
-    if config.tile_tokens > 64:
+    """Of owners, where small tiles are fewer than blocks: those of fewer rows take less time for a K step."""
+    if config.tile_tokens > 64 or n // config.tile_rows * -(-m // config.tile_tokens) >= config.ctas:
         return (0,)
     if config.tile_rows >= 256:
         return (0, 5, 8)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from text_checkpoint import text_checkpoint
-from toy import EXPERT_SIZE, EXPERTS, HIDDEN, MOE, save_checkpoint, toy_config, toy_shapes
+from toy import EXPERT_SIZE, EXPERTS, HIDDEN, MOE, Edit, edited_checkpoint, save_checkpoint, toy_config, toy_shapes
 from typer.testing import CliRunner
 
 import w4a8jax
@@ -21,7 +21,6 @@ from w4a8jax.checkpoints.reader import CheckpointReader
 from w4a8jax.checkpoints.safetensors_format import TensorInfo
 from w4a8jax.cli import app
 
-Edit = Callable[[dict[str, np.ndarray], dict], object]
 # The names of a layer's experts: gate, up, down.
 LEAVES = {kind: ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj") for kind in MOE}
 
@@ -44,16 +43,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def changed(checkpoints: Path, tmp_path: Path) -> Callable[[str, Edit], Path]:
     """A copy of a checkpoint with its tensors and config changed."""
-
-    def make(name: str, edit: Edit) -> Path:
-        reader = CheckpointReader(checkpoints / name)
-        tensors, config = {key: reader.read(key) for key in reader.tensors}, json.loads(json.dumps(reader.config))
-        edit(tensors, config)
-        path = save_checkpoint(tmp_path / name, config, tensors)
-        (path / "tokenizer.json").unlink()
-        return path
-
-    return make
+    return lambda name, edit: edited_checkpoint(checkpoints / name, tmp_path / name, edit)
 
 
 def fuse(tensors: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:

@@ -1,6 +1,5 @@
 """`load`: a checkpoint's tensors reach their places, and what does not fit its config is refused by name."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import save_checkpoint, toy_config, toy_tensors
+from toy import Edit, edited_checkpoint, save_checkpoint, toy_config, toy_tensors
 
 import w4a8jax
 from pallas_kernels import W4A8Error, W4Weight, tuning
@@ -17,7 +16,6 @@ from w4a8jax.checkpoints.reader import CheckpointReader
 
 FAMILIES = ("cohere2", "llama", "qwen3")
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.1.mlp"
-Edit = Callable[[dict[str, np.ndarray], dict], object]
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +34,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def changed(checkpoints: Path, tmp_path: Path) -> Callable[[str, Edit], Path]:
     """A copy of a checkpoint with its tensors and config changed."""
-
-    def make(name: str, edit: Edit) -> Path:
-        reader = CheckpointReader(checkpoints / name)
-        tensors, config = {key: reader.read(key) for key in reader.tensors}, json.loads(json.dumps(reader.config))
-        edit(tensors, config)
-        path = save_checkpoint(tmp_path / name, config, tensors)
-        (path / "tokenizer.json").unlink()
-        return path
-
-    return make
+    return lambda name, edit: edited_checkpoint(checkpoints / name, tmp_path / name, edit)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

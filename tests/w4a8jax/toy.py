@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from w4a8jax.checkpoints.reader import CheckpointReader
 from w4a8jax.checkpoints.safetensors_format import TensorSpec, layout
+
+Edit = Callable[[dict[str, np.ndarray], dict], object]
 
 HIDDEN, INTERMEDIATE, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 256, 512, 256, 4, 2, 64
 EXPERTS, EXPERT_SIZE = 4, 256
@@ -190,3 +193,13 @@ def toy_checkpoint(
 def contents(path: Path) -> dict[str, bytes]:
     """Every file under a directory, by relative path."""
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def edited_checkpoint(source: Path, target: Path, edit: Edit) -> Path:
+    """A copy of a checkpoint, without a tokenizer, with its tensors and config changed."""
+    reader = CheckpointReader(source)
+    tensors, config = {key: reader.read(key) for key in reader.tensors}, json.loads(json.dumps(reader.config))
+    edit(tensors, config)
+    path = save_checkpoint(target, config, tensors)
+    (path / "tokenizer.json").unlink()
+    return path

@@ -181,9 +181,7 @@ class _Reader:
             weight = W4Weight.from_checkpoint(codes, scales, numerics=self.numerics, code_min=_code_min(codes))
         except W4A8Error as error:
             raise W4A8Error(f"{first}: {error}") from None
-        # The grouped kernel has not run on a GPU yet: experts stay on the reference.
-        prepare = self.prepare_for if parameter.kind == "linear" else None
-        return prepare_weight(weight, prepare) if prepare else weight
+        return prepare_weight(weight, self.prepare_for) if self.prepare_for else weight
 
     def _packed(self, name: str, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Codes [n, K/8] and scales [n, G] of one module."""

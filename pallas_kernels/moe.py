@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .errors import W4A8Error
-from .fragments import Scheme
+from .fragments import FragmentWeight, Scheme
 from .ops import w4a8_ragged_matmul, w4a16_ragged_matmul
 from .reference import ragged_dot
 from .rounding import round_to
@@ -16,7 +16,7 @@ from .straight_through import MasterWeight, straight_through_ragged_matmul
 from .weight_format import W4Weight
 
 Selection = Literal["softmax", "sigmoid"]
-ExpertWeight = Float[Array, "E N K"] | W4Weight | MasterWeight
+ExpertWeight = Float[Array, "E N K"] | W4Weight | FragmentWeight | MasterWeight
 
 
 def route(
@@ -70,10 +70,11 @@ def moe_mlp(
     Args:
         x: [..., D], float.
         router: [E, D]; its logits are computed in fp32.
-        gate_up: [E, 2F, D], the rows of gate before those of up; a float array or a `W4Weight`.
+        gate_up: [E, 2F, D], the rows of gate before those of up; a float array, a `W4Weight`, or what
+            `prepare_weight` makes of one.
         down: [E, D, F], the same.
         top_k, selection, normalize: see `route`.
-        scheme: how a `W4Weight` computes.
+        scheme: how a quantized weight computes.
 
     Returns:
         [..., D] in x's dtype. Each product, `silu(gate)` and its product with up are rounded to that dtype; the sum
@@ -103,8 +104,8 @@ def moe_mlp(
 def w4a8_moe_mlp(
     x: Float[Array, "... D"],
     router: Float[Array, "E D"],
-    gate_up: W4Weight,
-    down: W4Weight,
+    gate_up: W4Weight | FragmentWeight,
+    down: W4Weight | FragmentWeight,
     *,
     top_k: int,
     selection: Selection = "softmax",
@@ -115,14 +116,14 @@ def w4a8_moe_mlp(
     Arguments, result and errors are those of `moe_mlp`.
     """
     for name, weight in (("gate_up", gate_up), ("down", down)):
-        if not isinstance(weight, W4Weight):
+        if not isinstance(weight, W4Weight | FragmentWeight):
             raise W4A8Error(f"{name}: expected a W4Weight, found {type(weight).__name__}")
     return moe_mlp(x, router, gate_up, down, top_k=top_k, selection=selection, normalize=normalize)
 
 
 def _products(x: Array, w: ExpertWeight, sizes: Array, scheme: Scheme) -> Array:
     """Rows sorted by expert times their experts' weights, [M, N], rounded once to x's dtype."""
-    if isinstance(w, W4Weight):
+    if isinstance(w, W4Weight | FragmentWeight):
         product: Any = {"w4a8": w4a8_ragged_matmul, "w4a16": w4a16_ragged_matmul}[scheme]
         return product(x, w, sizes, out_dtype=x.dtype)
     if isinstance(w, MasterWeight):

@@ -42,6 +42,9 @@ def prepare_weight(w: W4Weight, scheme: Scheme = "w4a8") -> W4Weight | FragmentW
 
 # Under jit, so that the codes are never unpacked in memory as a whole.
 _to_fragments = jax.jit(FragmentWeight.from_weight, static_argnums=1)
+# Under jit, so that a kernel is traced and lowered once for all layers of a model that have the same shapes.
+_dense_gemm = jax.jit(dense_gemm, static_argnums=3)
+_grouped_gemm = jax.jit(grouped_gemm, static_argnums=4)
 
 
 def w4a8_matmul(
@@ -146,7 +149,7 @@ def _kernel(x: Array, w: FragmentWeight) -> Array:
     if m > 8 and m % 8:
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))  # the copy engine's tiles are of 8 tokens
     n, k = w.shape
-    out = dense_gemm(x, token_scale, w, tuning.choose(m, n, k, w.form))
+    out = _dense_gemm(x, token_scale, w, tuning.choose(m, n, k, w.form))
     return out[:m].reshape(*lead, n)
 
 
@@ -164,7 +167,7 @@ def _grouped_kernel(x: Array, w: FragmentWeight, group_sizes: Array) -> Array:
         return jnp.zeros((0, n), jnp.bfloat16)
     x, token_scale = quantize_activations(jnp.pad(x, ((0, -m % ALIGNMENT), (0, 0))))
     config = tuning.choose_grouped(m, experts, n, k, w.form)
-    return grouped_gemm(x, token_scale, w, group_sizes, config)[:m]
+    return _grouped_gemm(x, token_scale, w, group_sizes, config)[:m]
 
 
 _grouped_kernel.defvjp(lambda x, w, _: _kernel_forward(x, w), lambda saved, g: (g, saved, g))

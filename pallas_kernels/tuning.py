@@ -87,9 +87,9 @@ def force_config(config: TuningConfig | None) -> Iterator[None]:
 def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
     """A configuration for M tokens and a weight [N, K], N a multiple of 128, that no table knows.
 
-    From measurements of "lut" numerics on H200s: with few tokens, small tiles in a deep pipeline, of 128 rows where
-    those are fewer than blocks, which share them then, of 256 rows where the weight is large; with many, large tiles,
-    those that a rough model finds quickest. Blocks share tiles where the estimated gain exceeds the cost.
+    From measurements of "lut" numerics on H200s and H100s: with few tokens, small tiles in a deep pipeline, of 128 rows
+    where those are fewer than blocks, which share them then, of 256 rows where the weight is large; with many, large
+    tiles, those that a rough model finds quickest. Blocks share tiles where the estimated gain exceeds the cost.
     The tiles of "exact" numerics and of W4A16 were not tuned.
     """
     if form == "bf16":
@@ -99,15 +99,24 @@ def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
     if m > most == 128:
         return _heuristic_many(m, n, k)
     tokens = next(t for t in sorted({8, 16, 32, 64, most}) if m <= t or t == most)
-    if tokens <= 32 and most == 128 and k % 256 == 0 and n // 128 < TuningConfig.ctas:
-        config = _share(TuningConfig(tokens, 1, 2, 8), m, n, k, 1.4e9)[1]
-        return dataclasses.replace(config, lead=_lead(n // 128, config.ctas)) if config.stream_k else config
+    if (small := _heuristic_small(tokens, m, n, k)) is not None and most == 128:
+        return small
     large = n * k > 4e7 if m <= 16 else n >= 12288 or m > 128
     if n % 256 == 0 and large:
         config = TuningConfig(tokens, 2, 2, 8 if tokens <= 32 else 6 if tokens <= 64 else 4)
     else:
         config = TuningConfig(tokens, 2, 1, 16 if tokens <= 16 else 12 if tokens <= 32 else 8 if tokens <= 64 else 6)
     return _share(config, m, n, k, 1.4e9)[1]
+
+
+def _heuristic_small(tokens: int, m: int, n: int, k: int) -> TuningConfig | None:
+    """Tiles of 128 rows on two warpgroups, for up to 128 tokens and weights of few tiles; None elsewhere."""
+    tiles, ctas = n // 128, TuningConfig.ctas
+    # Of 64 tokens, tiles that each have about one block: fewer are better shared by smaller blocks.
+    if k % 256 or tiles >= ctas or (tokens == 64 and tiles < 0.65 * ctas):
+        return None
+    config = _share(TuningConfig(tokens, 1, 2, {64: 12, 128: 7}.get(tokens, 8)), m, n, k, 1.4e9)[1]
+    return dataclasses.replace(config, lead=_lead(tiles, ctas)) if config.stream_k and tokens <= 64 else config
 
 
 def _lead(tiles: int, ctas: int) -> int:
@@ -200,6 +209,7 @@ def candidates(m: int, n: int, k: int, form: str) -> list[TuningConfig]:
         tokens = next((t for t in _DECODE_TOKENS if m <= t), _DECODE_TOKENS[-1])
         tiles += [(tokens, 1, 2), (tokens, 2, 1), (tokens, 2, 2)]
         tiles += [(tokens, 2, 3)] if m > 32 else []
+        tiles += [(128, 1, 2)] if m > 64 else []
     if m > 64:
         # Of the tokens of the tiles, a fifth may be beyond M; (128, 2, 1) takes every N.
         large = _PREFILL_TILES_BF16 if form == "bf16" else _PREFILL_TILES
@@ -210,14 +220,18 @@ def candidates(m: int, n: int, k: int, form: str) -> list[TuningConfig]:
         for stages in _stages(base, n, k, form):
             filled = _filled(base, m, n)
             for stream_k in (*([False] if filled > 0.55 else []), *([True] if filled < 0.97 else [])):
-                # What blocks of a cluster share is the tokens.
-                for cluster in (1, 2) if base.tile_tokens == 256 else (1,):
+                for cluster in _clusters(base):
                     config = dataclasses.replace(base, stages=stages, stream_k=stream_k, cluster=cluster)
                     for lead in _leads(config, m, n) if stream_k else (0,):
                         config = dataclasses.replace(config, lead=lead)
                         if not tuning_tables.misfit(config, n, k, form):
                             found[config] = None
     return list(found)
+
+
+def _clusters(config: TuningConfig) -> tuple[int, ...]:
+    """What blocks of a cluster share is the tokens, which small tiles read as often as they read weights."""
+    return (1, 2) if config.tile_tokens == 256 or (config.tile_rows == 128 and config.tile_tokens >= 16) else (1,)
 
 
 def _leads(config: TuningConfig, m: int, n: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +35,17 @@ def test_op_for_any_number_of_tokens(m: int, shape: tuple[int, int], scheme: Sch
     assert jnp.linalg.norm(found - expected) < 2e-3 * jnp.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
-def test_reference_model_generates_the_same(tmp_path: Path, scheme: Scheme) -> None:
+@pytest.mark.parametrize(("name", "scheme"), [("dense", "w4a8"), ("dense", "w4a16"), ("moe", "w4a8")])
+def test_reference_model_generates_the_same(tmp_path: Path, name: Any, scheme: Scheme) -> None:
     path = tmp_path / scheme
-    w4a8jax.quantize(w4a8jax.reference_model("dense"), path, scheme=scheme, search="none", progress=False)
+    w4a8jax.quantize(w4a8jax.reference_model(name), path, scheme=scheme, search="none", progress=False)
     prompts = ["import os\nimport sys", "class Stack:\n    def __init__(self):\n        self.items = []", "def main("]
     greedy = w4a8jax.SamplingParams(temperature=0.0)
     models = {kernels: w4a8jax.load(path, kernels=kernels) for kernels in (True, False)}
     tokens, perplexity = {}, {}
     for kernels, model in models.items():
-        weight = model.decoder.layers[0].mlp.down.weight.get_value()
+        mlp: Any = model.decoder.layers[-1].mlp
+        weight = (mlp.experts.down if name == "moe" else mlp.down.weight).get_value()
         assert isinstance(weight, FragmentWeight if kernels else W4Weight)
         perplexity[kernels] = w4a8jax.evaluate(model, w4a8jax.reference_text("test"), max_tokens=4096).perplexity
         tokens[kernels] = [r.tokens for r in model.generate(prompts, max_new_tokens=64, sampling=greedy)]

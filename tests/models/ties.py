@@ -18,7 +18,14 @@ import pytest
 
 import w4a8jax
 from models.layers import linear
+from pallas_kernels import moe
 
+_PRODUCTS = [
+    (linear, "w4a8_matmul"),
+    (linear, "w4a16_matmul"),
+    (moe, "w4a8_ragged_matmul"),
+    (moe, "w4a16_ragged_matmul"),
+]
 CHANGE = 2.0**-16
 SEEDS = 4
 
@@ -28,8 +35,8 @@ def perturbed_logits(path: Path, ids: list[int]) -> list[np.ndarray]:
     found = []
     for seed in range(SEEDS):
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("w4a8_matmul", "w4a16_matmul"):
-                patch.setattr(linear, name, _perturbed(getattr(linear, name), seed))
+            for module, name in _PRODUCTS:
+                patch.setattr(module, name, _perturbed(getattr(module, name), seed))
             # Compiled functions do not know that the product is another.
             jax.clear_caches()
             found.append(_logits(w4a8jax.load(path, kernels=False), ids))
@@ -40,8 +47,8 @@ def perturbed_logits(path: Path, ids: list[int]) -> list[np.ndarray]:
 def _perturbed(matmul: Any, seed: int) -> Any:
     calls = itertools.count()
 
-    def product(x: Any, w: Any, *, out_dtype: Any) -> jax.Array:
-        y = matmul(x, w, out_dtype=jnp.float32)
+    def product(*operands: Any, out_dtype: Any) -> jax.Array:
+        y = matmul(*operands, out_dtype=jnp.float32)
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), next(calls)), y.shape)
         return (y + CHANGE * jnp.sqrt(jnp.mean(y**2, -1, keepdims=True)) * noise).astype(out_dtype)
 

@@ -42,7 +42,7 @@ def test_the_op_calls_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append((x.shape, x.dtype, token_scale.shape, sizes.dtype, config))
         return jnp.ones((x.shape[0], w.shape[1]), jnp.bfloat16)
 
-    monkeypatch.setattr(ops, "grouped_gemm", kernel)
+    monkeypatch.setattr(ops, "_grouped_gemm", kernel)
     f = FragmentWeight.from_weight(weight_of(*random_checkpoint(0, 2, 128, 256)))
     sizes = jnp.asarray([1, 2], jnp.uint8)
     out = w4a8_ragged_matmul(jnp.ones((3, 256)), f, sizes, out_dtype=jnp.float32)

@@ -179,3 +179,26 @@ def test_ragged_refuses_group_sizes_that_do_not_fit(sizes):
     codes, scale = random_checkpoint(9, 2, 128, 128)
     with pytest.raises(W4A8Error, match=r"group_sizes: expected integers \[2\], one for each expert, found"):
         w4a8_ragged_matmul(_activations(8, 4, 128), weight_of(codes, scale), sizes)
+
+
+def test_layers_of_one_shape_share_a_kernel():
+    """Tracing and lowering one takes seconds, and models have many layers."""
+    layers = [FragmentWeight.from_weight(weight_of(*random_checkpoint(i, 256, 256))) for i in range(3)]
+
+    def model(x, layers):
+        for w in layers:
+            x = w4a8_matmul(x, w)
+        return x
+
+    traced = jax.make_jaxpr(model)(jnp.ones((16, 256), jnp.bfloat16), layers)
+    kernels = [e.params["jaxpr"] for e in _equations(traced.jaxpr) if e.params.get("name") == "dense_gemm"]
+    assert len(kernels) == 3
+    assert all(kernel is kernels[0] for kernel in kernels)
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            if hasattr(getattr(part, "jaxpr", part), "eqns"):
+                yield from _equations(getattr(part, "jaxpr", part))

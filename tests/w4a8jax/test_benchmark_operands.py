@@ -67,7 +67,7 @@ class TestPeers:
         np.testing.assert_array_equal(peers.marlin_scales(jnp.asarray(scale)), wanted)
 
     def test_uint4b8(self) -> None:
-        assert peers._UINT4B8 == 1125899907892224
+        assert peers.UINT4B8 == 1125899907892224
 
     def test_vllm_folder_without_libraries(self, tmp_path: Path) -> None:
         message = "has no _C_stable" if peers.torch_available() else "needs torch"

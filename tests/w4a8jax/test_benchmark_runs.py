@@ -16,7 +16,7 @@ from made_up_record import SHAPES, made_up_record
 
 from pallas_kernels import W4A8Error, tuning, w4a8_matmul
 from pallas_kernels.tuning_tables import Entry, Table
-from w4a8jax.benchmark import gemm, kernels, operands, parts, timing, tune
+from w4a8jax.benchmark import gemm, kernels, operands, parts, rows, timing, tune
 from w4a8jax.benchmark.record import Record
 
 
@@ -79,7 +79,7 @@ class TestRun:
 
     def test_long_products_are_timed_in_turns(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Here each turn is slower; a kernel that fails in the second has no time."""
-        monkeypatch.setattr(gemm, "_HOT", 0)
+        monkeypatch.setattr(rows, "HOT", 0)
         order: list[Any] = []
 
         def measure(launch: Callable[[int], Any], *, synchronize: Any, launches: int) -> timing.Timing:
@@ -92,9 +92,9 @@ class TestRun:
         record = gemm.run(Record({"copy_TB_s": 3.0}), chosen, [(128, 256)], [1], measure=measure)
         a, b = (kernel.name for kernel in chosen)
         assert order == [a, b, a, b, a]
-        rows = {row["kernel"]: row for row in record.rows}
-        assert rows[b]["failed"] == "in turn 1: W4A8Error: timing: CUPTI recorded no kernel"
-        assert (rows[a]["us"], rows[a]["us_min"], rows[a]["launches"]) == (30.0, 10.0, 72)
+        found = {row["kernel"]: row for row in record.rows}
+        assert found[b]["failed"] == "in turn 1: W4A8Error: timing: CUPTI recorded no kernel"
+        assert (found[a]["us"], found[a]["us_min"], found[a]["launches"]) == (30.0, 10.0, 72)
 
     def test_resume_measures_what_is_missing_or_failed(self) -> None:
         (kernel,) = kernels.selected(kernels.jax_kernels(), ["bf16"])

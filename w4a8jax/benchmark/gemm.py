@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import gc
 import importlib.metadata
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from . import floor, operands, timing
 from .kernels import Kernel, our_kernels
 from .operands import Tokens, Weights
 from .record import Record
+from .rows import LONG, Checked, fill, now, turns
 
 # (K, N): Command A's qkv, o, gate_up and down; Llama 3 8B's qkv, gate_up and down; a square.
 SHAPES = (
@@ -35,13 +35,6 @@ SHAPES = (
 )
 TOKENS = tuple(2**i for i in range(15))
 
-# Launches above so many operations, some hundred microseconds, heat the card until its clock falls: kernels are then
-# timed in turns, so that each has the others' heat.
-_HOT = 4e11
-_TURNS = 3
-# A launch above so many operations takes milliseconds: fewer launches are steady enough.
-_LONG = 5e12
-
 
 def require_hopper(command: str) -> None:
     """Raises:
@@ -55,7 +48,7 @@ def describe_run(command: str) -> dict[str, Any]:
     """Date, device, versions and the command, as a record has them, without the copy rate."""
     device = jax.devices()[0]
     return {
-        "date": _now(),
+        "date": now(),
         "device": device.device_kind,
         "driver": _driver(),
         "platform": " ".join(device.client.platform_version.split()),
@@ -126,32 +119,15 @@ class Shape:
         Whatever ails one of them is a result of the benchmark, and not its end.
         """
         rows: list[dict[str, Any]] = []
-        checked: list[_Checked | None] = []
+        attempts = []
         for kernel in kernels:
             row: dict[str, Any] = {"K": self.k, "N": self.n, "M": m, "kernel": kernel.name}
-            row["date"] = _now()
+            row["date"] = now()
             row["config"] = kernel.config(m, self.n, self.k)
             row["operand_bytes"] = floor.operand_bytes(m, self.n, self.k, kernel.weight_bytes, kernel.input_bytes)
             rows.append(row)
-            try:
-                function = kernel.function(m, self.n, self.k)
-                with timing.exclusive():
-                    checked.append(self._check(kernel, m, function))
-            except Exception as e:
-                row["failed"] = _message(e)
-                checked.append(None)
-        with timing.exclusive():
-            for turn in range(_TURNS if floor.flops(m, self.n, self.k) >= _HOT else 1):
-                for row, check in zip(rows, checked, strict=True):
-                    if check is None or "failed" in row:
-                        continue
-                    try:
-                        self._time(check, m)
-                    except Exception as e:
-                        row["failed"] = f"in turn {turn}: {_message(e)}"
-        for row, check in zip(rows, checked, strict=True):
-            if check is not None and "failed" not in row:
-                row.update(check.result())
+            attempts.append((partial(kernel.function, m, self.n, self.k), partial(self._check, kernel, m)))
+        fill(rows, attempts, partial(self._time, m), turns(floor.flops(m, self.n, self.k)))
         return rows
 
     def check_and_time(self, kernel: Kernel, m: int, function: Callable[[Any, Any], Any]) -> dict[str, Any]:
@@ -160,10 +136,10 @@ class Shape:
         """
         with timing.exclusive():
             checked = self._check(kernel, m, function)
-            self._time(checked, m)
+            self._time(m, checked)
         return checked.result()
 
-    def _check(self, kernel: Kernel, m: int, function: Callable[[Any, Any], Any]) -> _Checked:
+    def _check(self, kernel: Kernel, m: int, function: Callable[[Any, Any], Any]) -> Checked:
         inputs, prepared = kernel.inputs(self.tokens(m)), self.prepared(kernel)
 
         def launch(i: int) -> Any:
@@ -176,11 +152,11 @@ class Shape:
         error = operands.relative_error(found, self.expected(kernel, m))
         if not error <= kernel.tolerance:
             raise W4A8Error(f"wrong: relative error {error:.2e}, tolerance {kernel.tolerance:.0e}")
-        return _Checked(kernel, launch, error, same)
+        return Checked(launch, kernel.synchronize, error, same)
 
-    def _time(self, checked: _Checked, m: int) -> None:
-        launches = 24 if floor.flops(m, self.n, self.k) < _LONG else 10
-        checked.timings.append(self.measure(checked.launch, synchronize=checked.kernel.synchronize, launches=launches))
+    def _time(self, m: int, checked: Checked) -> None:
+        launches = 24 if floor.flops(m, self.n, self.k) < LONG else 10
+        checked.timings.append(self.measure(checked.launch, synchronize=checked.synchronize, launches=launches))
 
     def weights(self, kernel: Kernel) -> Weights:
         """The weights that a kernel's are made of: kernels with the same lowest code have the same."""
@@ -213,36 +189,6 @@ class Shape:
         return min(timing.rotations(self.n * self.k / 2), timing.rotations(m * self.k))
 
 
-@dataclasses.dataclass
-class _Checked:
-    """A kernel whose result is right, and how long it took."""
-
-    kernel: Kernel
-    launch: Callable[[int], Any]
-    error: float
-    same_twice: bool
-    timings: list[timing.Timing] = dataclasses.field(default_factory=list)
-
-    def result(self) -> dict[str, Any]:
-        """Its part of a row: over the launches of all turns."""
-        times = self.timings[0]
-        if len(self.timings) > 1:
-            times = timing.Timing.of([us for turn in self.timings for us in turn.times], times.kernels)
-        return {
-            "us": times.us,
-            "us_min": times.us_min,
-            "us_quartiles": list(times.us_quartiles),
-            "launches": times.launches,
-            "error": self.error,
-            "same_twice": self.same_twice,
-            "kernels": [name[:80] for name in times.kernels],
-        }
-
-
-def _message(e: Exception) -> str:
-    return f"{type(e).__name__}: {' '.join(str(e).split())}"[:400]
-
-
 def line(row: dict[str, Any]) -> str:
     """A row as a line of text."""
     where = f"K {row['K']:6} N {row['N']:6} M {row['M']:6}  {row['kernel']:24}"
@@ -259,14 +205,7 @@ def start(command: str, previous: str | Path | None = None) -> Record:
     Raises:
         W4A8Error: the file cannot be read, or is of another device.
     """
-    about = describe_run(command)
-    if previous is not None and Path(previous).expanduser().exists():
-        record = Record.read(previous)
-        if record.about.get("device") != about["device"]:
-            raise W4A8Error(f"{previous}: was measured on {record.about.get('device')}, this is {about['device']}")
-        record.about |= about
-        return record
-    return Record(about | {"copy_TB_s": timing.copy_rate() / 1e12})
+    return Record.begin(describe_run(command), previous)
 
 
 def kernels_for(vllm: str | Path | None) -> list[Kernel]:
@@ -284,10 +223,6 @@ def kernels_for(vllm: str | Path | None) -> list[Kernel]:
     if vllm is not None:
         found += peers.vllm_kernels(vllm)
     return found
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _version(package: str) -> str | None:

@@ -28,8 +28,8 @@ TOLERANCE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """A product of activations [M, K] and a weight [N, K] to bf16 [M, N]; the base of all.
+class Runner:
+    """What products and whole MLPs share; those of torch have `peers.TorchRunner`.
 
     Attributes:
         name: as records and tables have it.
@@ -46,6 +46,22 @@ class Kernel:
     input_bytes: int
     code_min: int = -7
     tolerance: float = TOLERANCE
+
+    def synchronize(self, result: Any) -> None:
+        """Waits for all that was launched, of which this is the last result."""
+        jax.block_until_ready(result)
+
+    def compare(self, a: Any, b: Any, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Elements of the first of two results, float64 [R, C], and whether both are the same in every bit."""
+        elements, same = _compare(a, b, rows, columns)
+        return np.asarray(elements, np.float64), bool(same)
+
+    def release(self) -> None:
+        """Gives cached memory of the device back, so that other frameworks have it."""
+
+
+class Kernel(Runner):
+    """A product of activations [M, K] and a weight [N, K] to bf16 [M, N]; the base of all."""
 
     def config(self, m: int, n: int, k: int) -> dict[str, Any] | None:
         """The configuration that it will run with, if it has such."""
@@ -66,18 +82,6 @@ class Kernel:
     def inputs(self, tokens: Tokens) -> list[Any]:
         """What the function takes of each set of tokens."""
         return tokens.bf16 if self.input_bytes == 2 else tokens.fp8  # type: ignore[return-value]
-
-    def synchronize(self, result: Any) -> None:
-        """Waits for all that was launched, of which this is the last result."""
-        jax.block_until_ready(result)
-
-    def compare(self, a: Any, b: Any, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, bool]:
-        """Elements of the first of two results, float64 [R, C], and whether both are the same in every bit."""
-        elements, same = _compare(a, b, rows, columns)
-        return np.asarray(elements, np.float64), bool(same)
-
-    def release(self) -> None:
-        """Gives cached memory of the device back, so that other frameworks have it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +186,7 @@ def jax_kernels() -> list[Kernel]:
     return [JaxDot("jax bf16", "bf16", 2, 2), JaxDot("jax fp8", "fp8", 1, 1)]
 
 
-def selected(kernels: Iterable[Kernel], names: Iterable[str], absent: Iterable[str] = ()) -> list[Kernel]:
+def selected[R: Runner](kernels: Iterable[R], names: Iterable[str], absent: Iterable[str] = ()) -> list[R]:
     """Those whose names hold one of some words; all, if no words are given.
 
     Args:

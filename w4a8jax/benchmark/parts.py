@@ -17,16 +17,24 @@ from typing import Protocol
 
 from pallas_kernels.errors import W4A8Error
 
+# How lines of results begin, of single products and of experts.
+RESULT = ("K ", "MoE ")
+
 
 class Results(Protocol):
     """A `Record` or a `Table`."""
 
-    def part(self, k: int, n: int, tokens: Collection[int]) -> Results: ...
     def write(self, path: str | Path) -> None: ...
     def update(self, path: str | Path) -> None: ...
 
 
-def run[R: Results](
+class OfShapes(Results, Protocol):
+    """Results of which those of a shape can be taken."""
+
+    def part(self, k: int, n: int, tokens: Collection[int]) -> Results: ...
+
+
+def run[R: OfShapes](
     results: R,
     command: Sequence[str],
     shapes: Iterable[tuple[int, int]],
@@ -36,7 +44,7 @@ def run[R: Results](
     save: Callable[[R], None],
     progress: Callable[[str], None],
 ) -> None:
-    """Runs a command of `w4a8jax` for parts of the work, so many at a time, and adds up what they found.
+    """Runs a command of `w4a8jax` for parts of shapes and tokens, so many at a time, and adds up what they found.
 
     Args:
         results: what is known; each process goes on from it. Is added to.
@@ -48,28 +56,46 @@ def run[R: Results](
         progress: called with each line that is printed for a result.
 
     Raises:
+        W4A8Error: see `run_jobs`.
+    """
+    jobs = [
+        (results.part(k, n, some), ["--shape", f"{k},{n}", "--tokens", ",".join(map(str, some))])
+        for (k, n), some in split(list(shapes), tokens, processes)
+    ]
+    run_jobs(results, [(part, [*command, *words]) for part, words in jobs], processes, save=save, progress=progress)
+
+
+def run_jobs[R: Results](
+    results: R,
+    jobs: Sequence[tuple[Results, Sequence[str]]],
+    processes: int,
+    *,
+    save: Callable[[R], None],
+    progress: Callable[[str], None],
+) -> None:
+    """Runs commands of `w4a8jax`, so many at a time, and adds up what they found.
+
+    Args:
+        results: what is known. Is added to.
+        jobs: of each process, the results that it goes on from, and the words of its command; --processes and --out
+            are added.
+        processes: at most so many run at a time.
+        save: called with the results after each process.
+        progress: called with each line that is printed for a result.
+
+    Raises:
         W4A8Error: processes failed; names the first, with its last line. What the others found is saved.
     """
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
-        jobs = {}
-        for i, ((k, n), some) in enumerate(split(list(shapes), tokens, processes)):
+        running = {}
+        for i, (part, words) in enumerate(jobs):
             path = Path(folder) / f"{i}.json"
-            results.part(k, n, some).write(path)
-            words = [
-                "--shape",
-                f"{k},{n}",
-                "--tokens",
-                ",".join(map(str, some)),
-                "--processes",
-                "1",
-                "--out",
-                str(path),
-            ]
-            jobs[pool.submit(_run, [*command, *words], progress)] = path
+            part.write(path)
+            running[pool.submit(_run, [*words, "--processes", "1", "--out", str(path)], progress)] = path
         failures = []
-        for job in as_completed(jobs):
+        for job in as_completed(running):
             failures += job.result()
-            results.update(jobs[job])
+            results.update(running[job])
             save(results)
     if failures:
         raise W4A8Error(f"{len(failures)} of {len(jobs)} processes failed; {failures[0]}")
@@ -95,6 +121,6 @@ def _run(words: Sequence[str], progress: Callable[[str], None]) -> list[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout or ():
             last = line.strip() or last
-            if line.startswith("K "):
+            if line.startswith(RESULT):
                 progress(line.rstrip())
     return [f"{' '.join(words)}: {last}"] if process.returncode else []

@@ -19,13 +19,13 @@ from jaxtyping import Array
 from pallas_kernels import GROUP_SIZE
 from pallas_kernels.errors import W4A8Error
 
-from .kernels import Kernel
+from .kernels import Kernel, Runner
 from .operands import Tokens, Weights
 
 VLLM = "0.26.0"
 _LIBRARIES = ("_C_stable_libtorch.abi3.so", "_moe_C_stable_libtorch.abi3.so")
 # vllm.scalar_type: four bits, unsigned, biased by 8; mantissa at bit 8, bias at bit 17, IEEE NaNs (1) at bit 50.
-_UINT4B8 = 4 << 8 | 8 << 17 | 1 << 50
+UINT4B8 = 4 << 8 | 8 << 17 | 1 << 50
 
 
 def torch_available() -> bool:
@@ -48,6 +48,22 @@ def vllm_kernels(folder: str | Path) -> list[Kernel]:
     Raises:
         W4A8Error: torch is missing, a library is missing or cannot be loaded.
     """
+    load_vllm(folder)
+    group = 0.5 + 2 / GROUP_SIZE
+    return [
+        VllmW4A8("vllm cutlass w4a8", "w4a8", 0.5 + 1 / GROUP_SIZE, 1, tolerance=3e-2),
+        VllmFP8("vllm cutlass fp8", "w4a8", 1, 1, tolerance=3e-2),
+        VllmMachete("vllm machete w4a16", "w4a16", group, 2),
+        VllmMarlin("vllm marlin w4a16", "w4a16", group, 2),
+    ]
+
+
+def load_vllm(folder: str | Path) -> None:
+    """Loads vLLM's two kernel libraries from a folder that holds them, at whatever depth.
+
+    Raises:
+        W4A8Error: torch is missing, a library is missing or cannot be loaded.
+    """
     folder = Path(folder).expanduser()
     if not torch_available():
         raise W4A8Error("--vllm: needs torch 2.11, which is not installed")
@@ -61,22 +77,10 @@ def vllm_kernels(folder: str | Path) -> list[Kernel]:
             torch.ops.load_library(str(found[0]))
         except OSError as e:
             raise W4A8Error(f"--vllm {folder}: {name} cannot be loaded: {e.__cause__ or e}") from e
-    group = 0.5 + 2 / GROUP_SIZE
-    return [
-        VllmW4A8("vllm cutlass w4a8", "w4a8", 0.5 + 1 / GROUP_SIZE, 1, tolerance=3e-2),
-        VllmFP8("vllm cutlass fp8", "w4a8", 1, 1, tolerance=3e-2),
-        VllmMachete("vllm machete w4a16", "w4a16", group, 2),
-        VllmMarlin("vllm marlin w4a16", "w4a16", group, 2),
-    ]
 
 
-class TorchKernel(Kernel):
-    """What torch's kernels share."""
-
-    def inputs(self, tokens: Tokens) -> list[Any]:
-        if self.input_bytes == 2:
-            return [to_torch(x) for x in tokens.bf16]
-        return [(to_torch(x8), to_torch(token_scale)) for x8, token_scale in tokens.fp8]
+class TorchRunner(Runner):
+    """What torch's products and MLPs share."""
 
     def synchronize(self, result: Any) -> None:
         import torch
@@ -93,6 +97,15 @@ class TorchKernel(Kernel):
         import torch
 
         torch.cuda.empty_cache()
+
+
+class TorchKernel(TorchRunner, Kernel):
+    """What torch's products share."""
+
+    def inputs(self, tokens: Tokens) -> list[Any]:
+        if self.input_bytes == 2:
+            return [to_torch(x) for x in tokens.bf16]
+        return [(to_torch(x8), to_torch(token_scale)) for x8, token_scale in tokens.fp8]
 
 
 class TorchMatmul(TorchKernel):
@@ -178,14 +191,14 @@ class VllmMachete(TorchKernel):
 
         w, scale = weights.quantized(i)
         # Offset binary, as checkpoints have it: [K/8, N], column-major; scales [K/128, N].
-        packed = torch.ops._C.machete_prepack_B(to_torch(w.packed).t(), torch.bfloat16, _UINT4B8, torch.bfloat16)
+        packed = torch.ops._C.machete_prepack_B(to_torch(w.packed).t(), torch.bfloat16, UINT4B8, torch.bfloat16)
         return packed, to_torch(scale.T)
 
     def function(self, m: int, n: int, k: int) -> Callable[[Any, Any], Any]:
         import torch
 
         def product(x: Any, w: Any) -> Any:
-            return torch.ops._C.machete_mm(x, w[0], _UINT4B8, None, w[1], None, GROUP_SIZE, None, None, None)
+            return torch.ops._C.machete_mm(x, w[0], UINT4B8, None, w[1], None, GROUP_SIZE, None, None, None)
 
         return product
 
@@ -222,7 +235,7 @@ class VllmMarlin(TorchKernel):
                 none,
                 none,
                 workspace,
-                _UINT4B8,
+                UINT4B8,
                 m,
                 n,
                 k,
@@ -250,9 +263,8 @@ def signed_words(packed: Array) -> Array:
 
 
 def marlin_scales(scale: Array) -> Array:
-    """Group scales [K/128, N] in the order that Marlin reads them: of each 64 columns, 8 j + i comes at 8 i + j."""
-    groups, n = scale.shape
-    return scale.reshape(groups, n // 64, 8, 8).swapaxes(2, 3).reshape(groups, n)
+    """Group scales [..., K/128, N] as Marlin reads them: of each 64 columns, 8 j + i comes at 8 i + j."""
+    return scale.reshape(*scale.shape[:-1], -1, 8, 8).swapaxes(-1, -2).reshape(scale.shape)
 
 
 def _bytes(x: Array) -> Array:

@@ -12,9 +12,9 @@ from .record import Record
 from .summary import ours
 
 # Colours that the colour-blind tell apart; ours are the first two.
-_OURS = ("#D55E00", "#E69F00", "#CC79A7", "#8B4513")
-_OTHERS = ("#0072B2", "#56B4E9", "#009E73", "#666666", "#999999", "#7E57C2", "#5D8AA8", "#4B5320", "#B0A000")
-_MARKERS = "osv^D<>pPX*h"
+OURS = ("#D55E00", "#E69F00", "#CC79A7", "#8B4513")
+OTHERS = ("#0072B2", "#56B4E9", "#009E73", "#666666", "#999999", "#7E57C2", "#5D8AA8", "#4B5320", "#B0A000")
+MARKERS = "osv^D<>pPX*h"
 
 
 def check_name(path: str | Path) -> Path:
@@ -52,8 +52,8 @@ def plot(record: Record, path: str | Path) -> Path:
         raise W4A8Error(f"{path}: the record has no times to draw")
     mine = ours(record)
     others = [name for name in dict.fromkeys(key[3] for key in rows) if name not in mine]
-    styles = {name: (_OURS[i % len(_OURS)], 2.2) for i, name in enumerate(mine)}
-    styles |= {name: (_OTHERS[i % len(_OTHERS)], 1.1) for i, name in enumerate(others)}
+    styles = {name: (OURS[i % len(OURS)], 2.2) for i, name in enumerate(mine)}
+    styles |= {name: (OTHERS[i % len(OTHERS)], 1.1) for i, name in enumerate(others)}
     columns = min(len(shapes), 4 if len(shapes) > 4 else 2)
     lines = -(-len(shapes) // columns)
     figure = Figure(figsize=(max(5.2 * columns, 8), 4.4 * lines + 1), dpi=110, layout="constrained")
@@ -63,7 +63,7 @@ def plot(record: Record, path: str | Path) -> Path:
         for i, (name, (colour, width)) in enumerate(styles.items()):
             points = sorted((m, row["tflops"]) for (*s, m, x), row in rows.items() if s == [k, n] and x == name)
             if points:
-                marker = _MARKERS[i % len(_MARKERS)]
+                marker = MARKERS[i % len(MARKERS)]
                 axis.plot(*zip(*points, strict=True), color=colour, lw=width, marker=marker, ms=3.5, label=name)
         tokens = sorted({m for kk, nn, m, _ in rows if (kk, nn) == (k, n)})
         roof = [floor.flops(m, n, k) / record.device.floor_us(m, n, k) / 1e6 for m in tokens]

@@ -6,15 +6,13 @@ import dataclasses
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pallas_kernels.errors import W4A8Error
 
-from . import floor
+from . import floor, timing
 
 CUBLAS_FP8 = ("jax fp8", "torch fp8 rowwise, fast", "torch fp8 rowwise")
-
-Key = tuple[int, int, int, str]
 
 
 @dataclasses.dataclass
@@ -30,8 +28,31 @@ class Record:
             failed, a message.
     """
 
+    # What tells rows apart, and the command that measures them.
+    KEY: ClassVar[tuple[str, ...]] = ("K", "N", "M", "kernel")
+    COMMAND: ClassVar[str] = "bench gemm"
+
     about: dict[str, Any]
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def begin(cls, about: dict[str, Any], previous: str | Path | None = None) -> Self:
+        """The record in a file, if it is there, else a new one with the copy rate measured.
+
+        Args:
+            about: of this run: replaces what the file says.
+            previous: the file.
+
+        Raises:
+            W4A8Error: the file cannot be read, or is of another device.
+        """
+        if previous is None or not Path(previous).expanduser().exists():
+            return cls(about | {"copy_TB_s": timing.copy_rate() / 1e12})
+        record = cls.read(previous)
+        if record.about.get("device") != about["device"]:
+            raise W4A8Error(f"{previous}: was measured on {record.about.get('device')}, this is {about['device']}")
+        record.about |= about
+        return record
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -49,10 +70,10 @@ class Record:
             raise W4A8Error(f"{path}: is not JSON: {e}") from e
         rows = record.pop("rows", None) if isinstance(record, dict) else None
         if not isinstance(rows, list) or not isinstance(record.get("copy_TB_s"), (int, float)):
-            raise W4A8Error(f"{path}: is no record of `w4a8jax bench gemm`: expected rows and copy_TB_s")
+            raise W4A8Error(f"{path}: is no record of `w4a8jax {cls.COMMAND}`: expected rows and copy_TB_s")
         for i, row in enumerate(rows):
-            if not isinstance(row, dict) or not {"K", "N", "M", "kernel"} <= set(row):
-                raise W4A8Error(f"{path}: row {i}: expected K, N, M and kernel")
+            if not isinstance(row, dict) or not set(cls.KEY) <= set(row):
+                raise W4A8Error(f"{path}: row {i}: expected {', '.join(cls.KEY[:-1])} and {cls.KEY[-1]}")
             if "failed" not in row and not isinstance(row.get("us"), (int, float)):
                 raise W4A8Error(f"{path}: row {i}: expected us, a number, or failed")
         return cls(record, rows)
@@ -75,13 +96,18 @@ class Record:
             raise W4A8Error(f"{path}: cannot be written: {e.strerror or e}") from e
 
     @property
-    def measured(self) -> dict[Key, dict[str, Any]]:
-        """Rows that did not fail."""
-        return {key_of(row): row for row in self.rows if "failed" not in row}
+    def measured(self) -> dict[Any, dict[str, Any]]:
+        """Rows that did not fail, by their keys."""
+        return {self.key_of(row): row for row in self.rows if "failed" not in row}
+
+    @classmethod
+    def key_of(cls, row: dict[str, Any]) -> tuple[Any, ...]:
+        """What tells a row from others: K, N, M and kernel."""
+        return tuple(row[name] for name in cls.KEY)
 
     def add(self, row: dict[str, Any]) -> None:
         """Adds a row, in place of one of the same kernel and point."""
-        self.rows = [r for r in self.rows if key_of(r) != key_of(row)] + [row]
+        self.rows = [r for r in self.rows if self.key_of(r) != self.key_of(row)] + [row]
 
     def part(self, k: int, n: int, tokens: Collection[int]) -> Self:
         """A record of the rows of a shape with some of the values of M."""
@@ -116,8 +142,3 @@ class Record:
             row["tflops"] = floor.flops(m, n, k) / us / 1e6
             row["gbps"] = row["operand_bytes"] / us / 1e3 if "operand_bytes" in row else None
             row |= {"floor_us": least, "fraction_of_floor": least / us}
-
-
-def key_of(row: dict[str, Any]) -> Key:
-    """K, N, M and kernel of a row."""
-    return row["K"], row["N"], row["M"], row["kernel"]

@@ -100,6 +100,7 @@ app.command("verify")(verify.command)
 app.command("eval")(evaluate.command)
 app.command("reference-model")(reference_model.command)
 app.command("tune")(bench.tune)
+bench.app.command("moe")(bench_moe.moe)
 app.add_typer(bench.app, name="bench")
 
 

@@ -77,7 +77,7 @@ def gemm(
     if resume and out is None:
         raise W4A8Error("--resume: needs --out")
     if out is not None:
-        _check_folder("--out", out)
+        check_folder("--out", out)
     points = parse_shapes(shape), parse_tokens(tokens)
     # Other processes, and torch, allocate on the same device. This is read when JAX first touches it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -87,7 +87,9 @@ def gemm(
     benchmark.require_hopper("bench gemm")
     absent = triton_peer.unavailable()
     chosen = kernels.selected(benchmark.kernels_for(vllm), kernel or [], [absent] if absent else [])
-    record = benchmark.start(_command("gemm", shape, tokens, kernel, vllm), out if resume else None)
+    words = [word for x in shape or [] for word in ("--shape", x)]
+    words += [word for x in kernel or [] for word in ("--kernel", x)]
+    record = benchmark.start(command_line("bench gemm", words, tokens, vllm), out if resume else None)
     if vllm is not None:
         record.about["vllm"] = peers.VLLM
     typer.echo(f"{record.about['device']}: copy {record.about['copy_TB_s']:.2f} TB/s")
@@ -100,9 +102,9 @@ def gemm(
     if (count := processes or parts.default(work[0])) > 1:
         words = ["bench", "gemm", "--resume", *([] if vllm is None else ["--vllm", vllm])]
         words += [word for name in kernel or [] for word in ("--kernel", name)]
-        parts.run(record, words, *work, count, save=save, progress=_line)
+        parts.run(record, words, *work, count, save=save, progress=say)
     else:
-        benchmark.run(record, chosen, *work, save=save, progress=_line)
+        benchmark.run(record, chosen, *work, save=save, progress=say)
     _show(record, plot)
     if out is not None:
         record.write(out)
@@ -129,7 +131,7 @@ def tune(
     """
     points = parse_shapes(shape), parse_tokens(tokens)
     if out is not None:
-        _check_folder("--out", out)
+        check_folder("--out", out)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from pallas_kernels import tuning_tables
     from pallas_kernels.errors import W4A8Error
@@ -149,9 +151,9 @@ def tune(
     if (count := processes or parts.default(work[0])) > 1:
         words = ["tune", *(["--resume"] if resume else [])]
         words += [word for name in kernel or [] for word in ("--kernel", name)]
-        parts.run(table, words, *work, count, save=lambda t: t.write(path), progress=_line)
+        parts.run(table, words, *work, count, save=lambda t: t.write(path), progress=say)
     else:
-        tuner.run(table, chosen, *work, resume=resume, save=lambda t: t.write(path), progress=_line)
+        tuner.run(table, chosen, *work, resume=resume, save=lambda t: t.write(path), progress=say)
     typer.echo(f"wrote {path}")
 
 
@@ -196,22 +198,25 @@ def _numbers(text: str) -> list[int] | None:
     return numbers if all(x > 0 for x in numbers) else None
 
 
-def _check_folder(option: str, path: str) -> None:
+def check_folder(option: str, path: str) -> None:
+    """Raises:
+    W4A8Error: the folder of a file to be written does not exist.
+    """
     from pallas_kernels.errors import W4A8Error
 
     if not Path(path).expanduser().resolve().parent.is_dir():
         raise W4A8Error(f"{option} {path}: the folder does not exist")
 
 
-def _command(name: str, shape: list[str] | None, tokens: str | None, kernel: list[str] | None, vllm: str | None) -> str:
+def command_line(name: str, options: list[str], tokens: str | None, vllm: str | None) -> str:
     """The command as a record has it: what was measured, without this machine's paths."""
-    words = ["w4a8jax", "bench", name]
-    words += [f"--shape {x}" for x in shape or []] + ([f"--tokens {tokens}"] if tokens else [])
-    words += [f'--kernel "{x}"' for x in kernel or []] + (["--vllm DIR"] if vllm else [])
+    words = ["w4a8jax", *name.split(), *(f'"{word}"' if " " in word else word for word in options)]
+    words += (["--tokens", tokens] if tokens else []) + (["--vllm", "DIR"] if vllm else [])
     return " ".join(words)
 
 
-def _line(text: str) -> None:
+def say(text: str) -> None:
+    """Prints a line at once, for the process that waits for it."""
     typer.echo(text)
     sys.stdout.flush()
 

@@ -1,0 +1,187 @@
+"""`w4a8jax bench moe`, and `w4a8jax tune --moe`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from .bench import Kernels, check_folder, command_line, parse_tokens, say
+
+Models = Annotated[
+    list[str] | None, typer.Option("--model", metavar="WORD", help="Only models with WORD in their names; repeat it.")
+]
+Products = Annotated[
+    list[str] | None,
+    typer.Option("--product", metavar="NAME", help="gate_up, down or mlp, the whole MLP; repeat it. Default: all."),
+]
+Tokens = Annotated[
+    str | None, typer.Option("--tokens", metavar="T,...", help="Numbers of tokens; default: 1,4,16,...,16384.")
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        min=1,
+        help="Processes that compile; they measure one at a time, and each holds a layer's experts on the device. "
+        "Default: one for each model and product, at most one a core.",
+    ),
+]
+
+
+def moe(
+    model: Models = None,
+    product: Products = None,
+    tokens: Tokens = None,
+    routing: Annotated[
+        list[str] | None, typer.Option("--routing", metavar="NAME", help="uniform or zipf; repeat it. Default: both.")
+    ] = None,
+    kernel: Kernels = None,
+    vllm: Annotated[
+        str | None,
+        typer.Option("--vllm", metavar="DIR", help="Folder with vLLM 0.26's two kernel libraries: measure them too."),
+    ] = None,
+    fp8: Annotated[
+        float | None,
+        typer.Option("--fp8", metavar="TFLOP/s", help="cuBLAS's rate in FP8, for floors. Default: measure it."),
+    ] = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="FILE.json", help="Write the record here.")] = None,
+    plot: Annotated[
+        str | None, typer.Option("--plot", metavar="FILE.png", help="Draw it here (.png, .svg or .pdf).")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the record in --out: leave out what it has.")
+    ] = False,
+    summarize: Annotated[
+        str | None,
+        typer.Option("--summarize", metavar="FILE.json", help="Measure nothing: print, and draw, this record."),
+    ] = None,
+    processes: Processes = None,
+) -> None:
+    """Measure products with experts and whole MLPs of them, beside JAX and vLLM.
+
+    Models are Qwen3-30B-A3B, Mixtral-8x7B and one of Command A+'s size;
+    experts are chosen uniformly or by Zipf's law. Device time, by CUPTI. Every
+    result is compared with float64 before it is timed. The record is written
+    after each point: a run that was stopped goes on with --resume.
+    """
+    from pallas_kernels.errors import W4A8Error
+
+    if plot is not None:
+        # Minutes of measurements should not end in a path that cannot be written.
+        from ..benchmark.plot import check_name
+
+        check_name(plot)
+    if summarize is not None:
+        from ..benchmark.moe_record import MoeRecord
+
+        _show(MoeRecord.read(summarize), plot)
+        return
+    if resume and out is None:
+        raise W4A8Error("--resume: needs --out")
+    if out is not None:
+        check_folder("--out", out)
+    # Other processes, and torch, allocate on the same device. This is read when JAX first touches it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from ..benchmark import gemm, kernels, moe_points, parts, peers
+    from ..benchmark import moe as benchmark
+
+    work = moe_points.points(*parse_points(model, product, tokens), parse_routings(routing))
+    gemm.require_hopper("bench moe")
+    chosen = kernels.selected(benchmark.kernels_for(vllm), kernel or [])
+    options = [("--model", model), ("--product", product), ("--routing", routing), ("--kernel", kernel)]
+    words = [word for name, values in options for value in values or [] for word in (name, value)]
+    command = command_line("bench moe", words, tokens, vllm)
+    record = benchmark.start(command, out if resume else None, fp8)
+    if vllm is not None:
+        record.about["vllm"] = peers.VLLM
+    typer.echo(f"{record.about['device']}: copy {record.about['copy_TB_s']:.2f} TB/s")
+
+    def save(record: Any) -> None:
+        if out is not None:
+            record.write(out)
+
+    groups = list(dict.fromkeys((point.model.name, point.product) for point in work))
+    if (count := processes or _default(len(groups))) > 1:
+        words = ["bench", "moe", "--resume", *([] if vllm is None else ["--vllm", vllm])]
+        words += [word for name, values in options[2:] for value in values or [] for word in (name, value)]
+        jobs = []
+        for name, product_name, some in _divide(work, count):
+
+            def mine(row: dict[str, Any], of: Any = (name, product_name), some: Any = some) -> bool:
+                return (row["model"], row["product"]) == of and row["tokens"] in some
+
+            jobs.append((record.only(mine), [*words, *_of(name, product_name, some)]))
+        parts.run_jobs(record, jobs, count, save=save, progress=say)
+    else:
+        benchmark.run(record, chosen, work, save=save, progress=say)
+    _show(record, plot)
+    if out is not None:
+        record.write(out)
+        typer.echo(f"wrote {out}")
+
+
+def parse_points(
+    models: list[str] | None, products: list[str] | None, tokens: str | None
+) -> tuple[list[Any], list[str], list[int]]:
+    """Models, products and numbers of tokens of the options; all where there are none.
+
+    Raises:
+        W4A8Error: there is no such model or product, or tokens are not positive integers.
+    """
+    from pallas_kernels.errors import W4A8Error
+
+    from ..benchmark import moe_points
+
+    names = list(moe_points.MODELS)
+    for word in models or []:
+        if not any(word in name for name in names):
+            raise W4A8Error(f"--model {word}: there is none; there are {', '.join(names)}")
+    for product in products or []:
+        if product not in moe_points.PRODUCTS:
+            raise W4A8Error(f"--product {product}: there is none; there are {', '.join(moe_points.PRODUCTS)}")
+    chosen = [m for name, m in moe_points.MODELS.items() if not models or any(word in name for word in models)]
+    return chosen, list(products or moe_points.PRODUCTS), parse_tokens(tokens) or list(moe_points.TOKENS)
+
+
+def parse_routings(routings: list[str] | None) -> list[Any]:
+    """The routings of the option; all where there are none.
+
+    Raises:
+        W4A8Error: there is no such routing.
+    """
+    from pallas_kernels.errors import W4A8Error
+
+    from ..benchmark.moe_points import ROUTINGS
+
+    for routing in routings or []:
+        if routing not in ROUTINGS:
+            raise W4A8Error(f"--routing {routing}: there is none; there are {', '.join(ROUTINGS)}")
+    return list(routings or ROUTINGS)
+
+
+def _divide(work: list[Any], processes: int) -> list[tuple[str, str, list[int]]]:
+    """Parts of the work, a model and product with some of the tokens each: as `parts.split` has it for shapes."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for point in work:
+        groups.setdefault((point.model.name, point.product), []).append(point.tokens)
+    tokens = list(dict.fromkeys(next(iter(groups.values()))))
+    each = min(len(tokens), max(1, processes // len(groups)))
+    return [(*group, tokens[i::each]) for i in range(each) for group in groups]
+
+
+def _of(model: str, product: str, tokens: list[int]) -> list[str]:
+    return ["--model", model, "--product", product, "--tokens", ",".join(map(str, tokens))]
+
+
+def _default(groups: int) -> int:
+    return max(1, min(groups, os.cpu_count() or 1))
+
+
+def _show(record: Any, path: str | None) -> None:
+    from ..benchmark import moe_plot, moe_summary
+
+    moe_summary.render(record)
+    if path is not None:
+        typer.echo(f"wrote {moe_plot.plot(record, path)}")

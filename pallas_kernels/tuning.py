@@ -22,6 +22,7 @@ import jax
 from . import tuning_tables
 from .dense_gemm import TuningConfig
 from .errors import W4A8Error
+from .group_schedule import ALIGNMENT
 
 ENVIRONMENT = "W4A8JAX_TUNED"
 
@@ -67,10 +68,20 @@ def choose(m: int, n: int, k: int, form: str) -> TuningConfig:
 def choose_grouped(m: int, experts: int, n: int, k: int, form: str) -> TuningConfig:
     """The configuration for M rows in groups, one for each expert, and weights [N, K] in a form.
 
-    It is the forced one, which the kernel checks, or `heuristic_grouped`'s: tables know dense products only.
+    It is the forced one, which the kernel checks, or as `choose` has it, that of a table or `heuristic_grouped`.
+
+    Raises:
+        W4A8Error: a table cannot be read, or an entry of it is not right.
     """
-    forced = _forced.value
-    return forced if forced is not None else heuristic_grouped(m, experts, n, k, form)
+    if (forced := _forced.value) is not None:
+        return forced  # type: ignore[no-any-return]
+    path = os.environ.get(ENVIRONMENT)
+    if path and (found := tuning_tables.read(path).lookup_grouped(m, experts, n, k, form)):
+        return found
+    shipped = tuning_tables.shipped(jax.devices()[0].device_kind)
+    if shipped is not None and (found := shipped.lookup_grouped(m, experts, n, k, form)):
+        return found
+    return heuristic_grouped(m, experts, n, k, form)
 
 
 @contextmanager
@@ -170,6 +181,35 @@ def heuristic_grouped(m: int, experts: int, n: int, k: int, form: str) -> Tuning
         return waves * config.tile_rows * max(config.tile_tokens + 24, 64) / rate + config.tile_tokens
 
     return min(options, key=cost)[0]
+
+
+def candidates_grouped(m: int, experts: int, n: int, k: int, form: str) -> list[TuningConfig]:
+    """Configurations of the grouped kernel worth measuring for M rows: all that fit, none twice, about ten.
+
+    Three sizes of tiles of tokens about what an expert gets of evenly spread rows; each with 128 and with 256 rows of
+    weights, with the deepest pipeline that fits, a power of two where it has few tokens.
+    """
+    most = {"subnormal": 64, "subnormal_8": 32}.get(form, 256)
+    sizes = [t for t in (8, 16, 32, 64, 128, 192, 256) if t <= most]
+    fitting = next((i for i, t in enumerate(sizes) if t >= max(1, m / experts) + ALIGNMENT - 1), len(sizes) - 1)
+    found: dict[TuningConfig, None] = {}
+    first = max(0, min(fitting - 1, len(sizes) - 3))
+    for tokens in sizes[first : first + 3]:
+        for row_blocks, warpgroups in ((2, 1), (2, 2), (1, 2)):
+            base = TuningConfig(tokens, row_blocks, warpgroups)
+            depths = [
+                config
+                for stages in range(3, 17)
+                if not tuning_tables.misfit(
+                    config := dataclasses.replace(base, stages=stages), n, k, form, experts=experts
+                )
+            ]
+            # Tiles of more tokens with two row blocks do not fit the registers.
+            if depths and (row_blocks == 1 or tokens <= 128):
+                power = 1 << depths[-1].stages.bit_length() - 1
+                stages = power if tokens <= 64 and power > 3 else depths[-1].stages
+                found[dataclasses.replace(base, stages=stages)] = None
+    return list(found)
 
 
 # Powers of two, which cost fewer instructions.

@@ -63,13 +63,13 @@ def run(
                 result = bench.check_and_time(kernel, m, kernel.compiled(m, n, k, config))
             except Exception as e:
                 # A candidate that cannot be compiled, or is wrong, is not chosen; others may still be.
-                tell(f"{where}: {_short(config)} failed: {' '.join(str(e).split())[:160]}")
+                tell(f"{where}: {short(config)} failed: {' '.join(str(e).split())[:160]}")
                 continue
             found.append((result["us"], config, result))
         if not found:
             continue
         us, best, result = min(found, key=lambda item: item[0])
-        tell(f"{where}: {us:9.2f} us of {len(found)}, was {_before(found, configs[0])}  {_short(best)}")
+        tell(f"{where}: {us:9.2f} us of {len(found)}, was {before(found, configs[0])}  {short(best)}")
         more = {"us": round(us, 3), "error": float(f"{result['error']:.3g}")}
         table = table.merged([Entry(kernel.form(n, k), n, k, m, best, more)])
         if save:
@@ -83,9 +83,11 @@ def configurations(kernel: OurKernel, m: int, n: int, k: int) -> list[TuningConf
     return list(dict.fromkeys([tuning.choose(m, n, k, form), *tuning.candidates(m, n, k, form)]))
 
 
-def _before(found: list[tuple[float, TuningConfig, dict[str, Any]]], config: TuningConfig) -> str:
+def before(found: Sequence[tuple[float, TuningConfig, Any]], config: TuningConfig) -> str:
+    """The microseconds of a configuration among those that were found, as text."""
     return next((f"{us:.2f}" for us, c, _ in found if c == config), "unknown")
 
 
-def _short(config: TuningConfig) -> str:
+def short(config: TuningConfig) -> str:
+    """A configuration in one line."""
     return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())

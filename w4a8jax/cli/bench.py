@@ -121,6 +121,17 @@ def tune(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out points that the table has.")] = False,
     processes: Processes = None,
+    moe: Annotated[
+        bool, typer.Option("--moe", help="The grouped kernel instead, for the experts of `bench moe`'s models.")
+    ] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", metavar="WORD", help="With --moe: only models with WORD in their names; repeat it."),
+    ] = None,
+    product: Annotated[
+        list[str] | None,
+        typer.Option("--product", metavar="NAME", help="With --moe: gate_up or down. Default: both."),
+    ] = None,
 ) -> None:
     """Find the fastest configuration of our kernels for shapes and numbers of tokens, on this GPU.
 
@@ -129,23 +140,24 @@ def tune(
     the table has for other points stay. W4A8JAX_TUNED=FILE.json makes
     everything use it.
     """
+    from pallas_kernels.errors import W4A8Error
+
+    if (moe and shape) or (not moe and (model or product)):
+        raise W4A8Error("tune: --shape is for single products, --model and --product are for --moe")
     points = parse_shapes(shape), parse_tokens(tokens)
     if out is not None:
         check_folder("--out", out)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from pallas_kernels import tuning_tables
-    from pallas_kernels.errors import W4A8Error
+    if moe:
+        from .bench_moe import tune_moe
 
+        return tune_moe(model, product, tokens, kernel, out, resume, processes)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from ..benchmark import gemm as benchmark
     from ..benchmark import kernels, parts
     from ..benchmark import tune as tuner
 
     benchmark.require_hopper("tune")
-    device = benchmark.describe_run("tune")["device"]
-    path = Path(out or f"{tuning_tables.slug(device)}.json").expanduser()
-    table = tuning_tables.read(path) if path.exists() else tuning_tables.Table(device)
-    if table.device != device:
-        raise W4A8Error(f"{path}: is of {table.device or 'no device'}, this is {device}; give another --out")
+    path, table = open_table(out)
     chosen = [k for k in kernels.selected(kernels.our_kernels(), kernel or []) if isinstance(k, kernels.OurKernel)]
     work = points[0] or benchmark.SHAPES, points[1] or benchmark.TOKENS
     if (count := processes or parts.default(work[0])) > 1:
@@ -155,6 +167,25 @@ def tune(
     else:
         tuner.run(table, chosen, *work, resume=resume, save=lambda t: t.write(path), progress=say)
     typer.echo(f"wrote {path}")
+
+
+def open_table(out: str | None) -> tuple[Path, Any]:
+    """The path of the table to write, and what it holds already.
+
+    Raises:
+        W4A8Error: it cannot be read, or is of another device.
+    """
+    from pallas_kernels import tuning_tables
+    from pallas_kernels.errors import W4A8Error
+
+    from ..benchmark import gemm
+
+    device = gemm.describe_run("tune")["device"]
+    path = Path(out or f"{tuning_tables.slug(device)}.json").expanduser()
+    table = tuning_tables.read(path) if path.exists() else tuning_tables.Table(device)
+    if table.device != device:
+        raise W4A8Error(f"{path}: is of {table.device or 'no device'}, this is {device}; give another --out")
+    return path, table
 
 
 def parse_shapes(shapes: list[str] | None) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .bench import Kernels, check_folder, command_line, parse_tokens, say
+from .bench import Kernels, check_folder, command_line, open_table, parse_tokens, say
 
 Models = Annotated[
     list[str] | None, typer.Option("--model", metavar="WORD", help="Only models with WORD in their names; repeat it.")
@@ -120,6 +120,49 @@ def moe(
     if out is not None:
         record.write(out)
         typer.echo(f"wrote {out}")
+
+
+def tune_moe(
+    models: list[str] | None,
+    products: list[str] | None,
+    tokens: str | None,
+    kernel: list[str] | None,
+    out: str | None,
+    resume: bool,
+    processes: int | None,
+) -> None:
+    """`w4a8jax tune --moe`: see `bench.tune`.
+
+    Raises:
+        W4A8Error: an option names what does not exist, there is no Hopper GPU, or the table is of another device.
+    """
+    from pallas_kernels.errors import W4A8Error
+
+    if "mlp" in (products or []):
+        raise W4A8Error("--product mlp: what is tuned are its products, gate_up and down")
+    chosen_models, chosen_products, some_tokens = parse_points(models, products or ["gate_up", "down"], tokens)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from ..benchmark import gemm, kernels, moe_kernels, moe_points, parts, tune_moe
+
+    gemm.require_hopper("tune")
+    path, table = open_table(out)
+    # The fast form by default: tables of all of them take three times as long.
+    names = kernel or [moe_kernels.our_experts()[0].name]
+    chosen = [k for k in kernels.selected(moe_kernels.our_experts(), names) if isinstance(k, moe_kernels.OurExperts)]
+    work = moe_points.points(chosen_models, chosen_products, some_tokens, moe_points.ROUTINGS)
+    groups = {(point.model.name, point.product) for point in work}
+    if (count := processes or os.cpu_count() or 1) > 1:
+        jobs = []
+        for name, product, part in _divide(work, max(count, len(groups))):
+            model = moe_points.MODELS[name]
+            shape, rows = model.shape(product), [t * model.top_k for t in part]
+            words = ["tune", "--moe", *(["--resume"] if resume else []), *_of(name, product, part)]
+            words += [word for name in names for word in ("--kernel", name)]
+            jobs.append((table.part_grouped(model.experts, *shape, rows), words))
+        parts.run_jobs(table, jobs, count, save=lambda t: t.write(path), progress=say)
+    else:
+        tune_moe.run(table, chosen, work, resume=resume, save=lambda t: t.write(path), progress=say)
+    typer.echo(f"wrote {path}")
 
 
 def parse_points(

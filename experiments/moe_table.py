@@ -22,6 +22,7 @@ def main(path: str, routing: str = "uniform") -> None:
     for row in json.loads(Path(path).read_text())["rows"]:
         if "us" in row and row["routing"] == routing and row["tokens"] in TOKENS:
             points.setdefault((row["model"], row["product"], row["tokens"]), {})[row["kernel"]] = row
+    points = dict(sorted(points.items()))
     columns = {name: title for name, title in COLUMNS.items() if any(name in rows for rows in points.values())}
     print("| experts of | product | tokens | experts met |", " | ".join(columns.values()), "| fraction of the floor |")
     print("|" + "---|" * (len(columns) + 5))

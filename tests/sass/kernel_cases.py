@@ -112,6 +112,11 @@ def _grouped_cases() -> list[Case]:
             config = tuning.heuristic_grouped(m, experts, n, k, form)
             case = Case(scheme, numerics, code_min, config, m, n, max(k, LEAST_INPUTS), experts)
             found.setdefault((form, config), case)
+        for entry in _entries(form):
+            if entry.experts:
+                k = max(entry.k, LEAST_INPUTS)
+                case = Case(scheme, numerics, code_min, entry.config, entry.m, entry.n, k, entry.experts)
+                found.setdefault((form, entry.config), case)
     return list(found.values())
 
 
@@ -121,7 +126,11 @@ def _from_heuristic(form: str) -> Iterator[tuple[TuningConfig, int, int, int]]:
 
 
 def _from_tables(form: str) -> Iterator[tuple[TuningConfig, int, int, int]]:
+    for entry in _entries(form):
+        if not entry.experts:
+            yield entry.config, entry.m, entry.n, entry.k
+
+
+def _entries(form: str) -> Iterator[tuning_tables.Entry]:
     for path in sorted(TABLES.glob("*.json")):
-        for entry in tuning_tables.read(path).entries.values():
-            if entry.form == form:
-                yield entry.config, entry.m, entry.n, entry.k
+        yield from (entry for entry in tuning_tables.read(path).entries.values() if entry.form == form)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,9 +21,6 @@ from .moe_record import MoeRecord
 from .operands import Activations, Tokens
 from .record import Record
 from .rows import LONG, Checked, fill, now, turns
-
-# Launches that take so long are timed a few times only.
-_SLOW_SECONDS = 0.02
 
 
 def run(
@@ -122,23 +118,19 @@ class Experts:
             routing, copy = routes.launch(i)
             return function(inputs[routing], prepared[copy])
 
-        first = launch(0)
-        kernel.synchronize(first)
-        begun = time.perf_counter()
-        second = launch(0)
+        first, second = launch(0), launch(0)
         kernel.synchronize(second)
-        slow = time.perf_counter() - begun > _SLOW_SECONDS
         columns = operands.sample_indices(1, first.shape[1])[1]
         found, same = kernel.compare(first, second, self.sample(point), columns)
         del first, second
         error = operands.relative_error(found, self.expected(kernel, point)[:, columns])
         if not error <= kernel.limit(point):
             raise W4A8Error(f"wrong: relative error {error:.2e}, tolerance {kernel.limit(point):.0e}")
-        return Checked(launch, kernel.synchronize, error, same, slow=slow)
+        return Checked(launch, kernel.synchronize, error, same)
 
     def time(self, point: Point, checked: Checked) -> None:
         """Adds a timing."""
-        launches = 5 if checked.slow else 24 if point.flops < LONG else 10
+        launches = 24 if point.flops < LONG else 10
         checked.timings.append(self.measure(checked.launch, synchronize=checked.synchronize, launches=launches))
 
     def weights(self, kernel: ExpertsKernel, point: Point) -> list[ExpertWeights]:

@@ -27,7 +27,6 @@ class Checked:
         error: relative, from float64 of the same operands.
         same_twice: whether two launches gave the same bits.
         timings: of its turns so far.
-        slow: whether a launch takes so long that few are enough.
     """
 
     launch: Callable[[int], Any]
@@ -35,7 +34,6 @@ class Checked:
     error: float
     same_twice: bool
     timings: list[timing.Timing] = dataclasses.field(default_factory=list)
-    slow: bool = False
 
     def result(self) -> dict[str, Any]:
         """Its part of a row: over the launches of all turns."""

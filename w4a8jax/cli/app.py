@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, calibrate, distill, evaluate, generate, inspect, quantize, reference_model, verify
+from . import bench, bench_moe, calibrate, distill, evaluate, generate, inspect, quantize, reference_model, verify
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

@@ -99,6 +99,7 @@ class Experts:
 
     def _function(self, kernel: ExpertsKernel, point: Point, row: dict[str, Any]) -> Callable[[Any, Any], Any]:
         row["config"] = kernel.config(point)
+        kernel.prepare(self.weights(kernel, point))
         # Torch's functions hold buffers, and cost nothing to make; what is compiled serves all routings.
         key = kernel.name, point.tokens
         if key not in self._functions:

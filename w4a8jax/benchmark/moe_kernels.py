@@ -19,6 +19,7 @@ from pallas_kernels.grouped_gemm import grouped_gemm
 from pallas_kernels.weight_format import Numerics
 
 from . import timing
+from .ahead import Ahead
 from .kernels import Runner
 from .moe_operands import ExpertWeights, MlpInputs, codes_int4, dequantize_transposed
 from .moe_points import Point
@@ -53,6 +54,11 @@ class ExpertsKernel(Runner):
     def config(self, point: Point) -> Any:
         """The configuration that it will run with, if it has such."""
         return None
+
+    def prepare(self, weights: Sequence[ExpertWeights]) -> None:
+        """Compiles what makes the kernel's weights, and what it is compared with."""
+        for w in weights:
+            w.prepare(self.reference)
 
     def weight(self, weights: Sequence[ExpertWeights], i: int) -> Any:
         """Copy i of the weights in the kernel's own form, on the device."""
@@ -99,6 +105,10 @@ class OurExperts(ExpertsKernel):
         """How the kernel's weights hold codes."""
         return self._abstract_weight(point.model.experts, *point.shapes[0]).form  # type: ignore[no-any-return]
 
+    def prepare(self, weights: Sequence[ExpertWeights]) -> None:
+        for w in weights:
+            _to_fragments.prepare(w.prepare(self.reference, self.numerics)[0])
+
     def weight(self, weights: Sequence[ExpertWeights], i: int) -> Any:
         return [_to_fragments(w.quantized(i, self.numerics)[0]) for w in weights]
 
@@ -142,6 +152,9 @@ class OurExperts(ExpertsKernel):
 class RaggedDot(ExpertsKernel):
     """`jax.lax.ragged_dot` of bf16 rows and weights."""
 
+    def prepare(self, weights: Sequence[ExpertWeights]) -> None:
+        dequantize_transposed.prepare(weights[0].prepare(self.reference)[0])
+
     def weight(self, weights: Sequence[ExpertWeights], i: int) -> Any:
         return dequantize_transposed(weights[0].quantized(i)[0])
 
@@ -169,6 +182,9 @@ class RaggedDot(ExpertsKernel):
 
 class TokamaxRaggedDot(RaggedDot):
     """tokamax's `ragged_dot` of bf16 rows and INT4 weights in groups of 128, by its kernel for Hopper."""
+
+    def prepare(self, weights: Sequence[ExpertWeights]) -> None:
+        codes_int4.prepare(weights[0].prepare(self.reference)[0])
 
     def weight(self, weights: Sequence[ExpertWeights], i: int) -> Any:
         w, scale = weights[0].quantized(i)
@@ -209,8 +225,11 @@ def jax_experts() -> list[ExpertsKernel]:
 
 @functools.cache
 def _abstract_weight(experts: int, n: int, k: int, code_min: int, numerics: Numerics) -> Any:
-    return jax.eval_shape(lambda: _to_fragments(ExpertWeights(experts, n, k, code_min).quantized(0, numerics)[0]))
+    def made() -> Any:
+        return FragmentWeight.from_weight(ExpertWeights(experts, n, k, code_min).quantized(0, numerics)[0])
+
+    return jax.eval_shape(made)
 
 
 # Under jit, so that the codes are never unpacked in memory as a whole.
-_to_fragments = jax.jit(FragmentWeight.from_weight)
+_to_fragments = Ahead(FragmentWeight.from_weight)

@@ -14,8 +14,9 @@ from pallas_kernels import W4Weight, quantize_activations
 from pallas_kernels.dequantize import expand_groups
 from pallas_kernels.weight_format import Numerics
 
+from .ahead import Ahead
 from .moe_points import Point, Routes
-from .operands import Reference, Tokens, Weights
+from .operands import Reference, Tokens, random_weight
 
 # Rows that are multiplied at a time for what is expected, so that one program serves all.
 _ROWS = 8
@@ -29,12 +30,23 @@ class ExpertWeights:
     """
 
     def __init__(self, experts: int, n: int, k: int, code_min: int = -7, seed: int = 0) -> None:
-        self.experts, self.n, self.k, self.code_min = experts, n, k, code_min
-        self._rows = Weights(experts * n, k, code_min, seed)
+        self.experts, self.n, self.k, self.code_min, self._seed = experts, n, k, code_min, seed
+
+    def prepare(self, kind: Reference, numerics: Numerics = "lut") -> tuple[W4Weight, Array]:
+        """Compiles what `quantized` and `product` run; returns what stands for the result of `quantized`."""
+        plain, compared = (_random.prepare(*self._arguments(0, x)) for x in ("lut", numerics))
+        with jax.enable_x64(True):
+            rows = jax.ShapeDtypeStruct((_ROWS, self.k), jnp.float64)
+            _product.prepare(kind, *plain, jax.ShapeDtypeStruct((), jnp.int32), rows)
+        return compared  # type: ignore[no-any-return]
 
     def quantized(self, i: int, numerics: Numerics = "lut") -> tuple[W4Weight, Array]:
         """Copy i: the weight [E, N, K], and its scales as a checkpoint has them, bf16 [E, N, K/128]."""
-        return _in_experts(self._rows.quantized(i, numerics), self.experts)  # type: ignore[no-any-return]
+        return _random(*self._arguments(i, numerics))  # type: ignore[no-any-return]
+
+    def _arguments(self, i: int, numerics: Numerics) -> tuple[Any, ...]:
+        key = jax.random.fold_in(jax.random.key(self._seed), i)
+        return self.experts, self.n, self.k, self.code_min, numerics, key
 
     def product(self, kind: Reference, expert: int, x: np.ndarray) -> np.ndarray:
         """float64 [R, N]: rows float64 [R, K], R up to 8, times an expert of copy 0, without token scales."""
@@ -42,7 +54,7 @@ class ExpertWeights:
         rows = np.zeros((_ROWS, self.k))
         rows[: len(x)] = x
         with jax.enable_x64(True):
-            return np.asarray(_product(kind, w, scale, expert, rows))[: len(x)]
+            return np.asarray(_product(kind, w, scale, np.int32(expert), rows))[: len(x)]
 
     @functools.cached_property
     def _kept(self) -> tuple[W4Weight, Array]:
@@ -135,13 +147,12 @@ def _router(routes: Routes, i: int, hidden: int) -> np.ndarray:
     return router
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _in_experts(arrays: Any, experts: int) -> Any:
-    return jax.tree.map(lambda a: a.reshape(experts, -1, *a.shape[1:]), arrays)
+def _random_experts(experts: int, n: int, k: int, code_min: int, numerics: Numerics, key: Array) -> Any:
+    made = random_weight(key, experts * n, k, code_min, numerics)
+    return jax.tree.map(lambda a: a.reshape(experts, n, *a.shape[1:]), made)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _product(kind: Reference, w: W4Weight, scale: Array, expert: Any, x: Array) -> Array:
+def _expert_product(kind: Reference, w: W4Weight, scale: Array, expert: Any, x: Array) -> Array:
     part = jax.tree.map(lambda leaf: leaf[expert], w)
     if kind in ("exact", "w4a16"):
         operand = part.codes.astype(jnp.float64) * expand_groups(scale[expert].astype(jnp.float64), x.shape[1])
@@ -149,16 +160,9 @@ def _product(kind: Reference, w: W4Weight, scale: Array, expert: Any, x: Array) 
     return (x @ part.operand().astype(jnp.float64).T) * part.channel_scale.astype(jnp.float64)
 
 
-@jax.jit
-def dequantize_transposed(w: W4Weight) -> Array:
-    """bf16 [E, K, N], as `jax.lax.ragged_dot` takes weights; an expert at a time, which needs little memory."""
-    return jax.lax.map(lambda part: part.dequantize(jnp.bfloat16).T, w)
-
-
-@jax.jit
-def codes_int4(w: W4Weight) -> Array:
-    """int4 [E, N, K], an expert at a time."""
-    return jax.lax.map(lambda part: part.codes.astype(jnp.int4), w)
-
-
+_random, _product = Ahead(_random_experts, 5), Ahead(_expert_product, 1)
 _quantize = jax.jit(quantize_activations)
+# bf16 [E, K, N], as `jax.lax.ragged_dot` takes weights; an expert at a time, which needs little memory.
+dequantize_transposed = Ahead(lambda w: jax.lax.map(lambda part: part.dequantize(jnp.bfloat16).T, w))
+# int4 [E, N, K], likewise.
+codes_int4 = Ahead(lambda w: jax.lax.map(lambda part: part.codes.astype(jnp.int4), w))

@@ -32,7 +32,7 @@ class Weights:
 
     def quantized(self, i: int, numerics: Numerics = "lut") -> tuple[W4Weight, Array]:
         """Set i: the weight, and its scales as a checkpoint has them, bf16 [N, K/128]."""
-        return _random_weight(jax.random.fold_in(jax.random.key(self.seed), i), self.n, self.k, self.code_min, numerics)
+        return random_weight(jax.random.fold_in(jax.random.key(self.seed), i), self.n, self.k, self.code_min, numerics)
 
     def fp8(self, i: int) -> Array:
         """Set i as the tensor cores take it, `float8_e4m3fn` [N, K], without the channel scale."""
@@ -125,7 +125,8 @@ def _float64(x: Any) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _random_weight(key: Array, n: int, k: int, code_min: int, numerics: Numerics) -> tuple[W4Weight, Array]:
+def random_weight(key: Array, n: int, k: int, code_min: int, numerics: Numerics) -> tuple[W4Weight, Array]:
+    """A weight [N, K] of random codes and scales, and its scales as a checkpoint has them, bf16 [N, K/128]."""
     code_key, scale_key = jax.random.split(key)
     words = jax.random.bits(code_key, (n, k // CODES_PER_WORD), jnp.uint32)
     if code_min == -7:

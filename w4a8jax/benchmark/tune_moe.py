@@ -81,6 +81,7 @@ def _best(bench: Experts, kernel: OurExperts, points: Sequence[Point], tell: Cal
     for point, config in itertools.product((None, *points), configs):
         try:
             if point is None:
+                kernel.prepare(bench.weights(kernel, points[0]))
                 functions[config] = kernel.compiled(points[0], config)
             elif config in functions:
                 with timing.exclusive():

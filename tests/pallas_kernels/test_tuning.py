@@ -115,6 +115,82 @@ def test_what_ships_is_right() -> None:
         assert path.name == f"{tuning_tables.slug(table.device)}.json"
 
 
+EXPERTS = 8
+
+
+def grouped(m: int, tuned: TuningConfig, **other: Any) -> dict[str, Any]:
+    return entry(m, tuned, **other) | {"E": EXPERTS}
+
+
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [
+        (7, None),  # less than half of 16
+        (8, A),
+        (16, A),
+        (31, A),
+        (32, A),  # twice 16, half of 64: the first
+        (33, B),
+        (128, B),
+        (129, None),
+        (2048, C),
+        (4096, C),
+        (1 << 20, C),  # beyond all, and 4096 rows are 512 an expert
+    ],
+)
+def test_grouped_entries_serve_rows_near_theirs(tmp_path: Path, m: int, config: TuningConfig | None) -> None:
+    rows = [grouped(16, A), grouped(64, B), grouped(4096, C), entry(16, C)]
+    table = tuning_tables.read(write(tmp_path / "t.json", *rows))
+    assert table.lookup_grouped(m, EXPERTS, N, K, FORM) == config
+    assert table.lookup_grouped(m, EXPERTS + 1, N, K, FORM) is None
+    assert table.lookup(16, N, K, FORM) == C
+
+
+def test_few_rows_an_expert_say_nothing_of_many(tmp_path: Path) -> None:
+    table = tuning_tables.read(write(tmp_path / "t.json", grouped(1024, C)))
+    assert table.lookup_grouped(2048, EXPERTS, N, K, FORM) == C
+    assert table.lookup_grouped(4096, EXPERTS, N, K, FORM) is None
+
+
+def test_grouped_entries_are_written_and_divided(tmp_path: Path) -> None:
+    table = Table("x", [Entry(FORM, N, K, 16, A), Entry(FORM, N, K, 16, B, {"us": 3.0}, EXPERTS)])
+    table.write(tmp_path / "t.json")
+    again = tuning_tables.read(tmp_path / "t.json")
+    assert again.entries == table.entries
+    assert again.entries[FORM, N, K, 16, EXPERTS].more == {"us": 3.0}
+    assert list(again.part(K, N, [16]).entries) == [(FORM, N, K, 16)]
+    assert list(again.part_grouped(EXPERTS, N, K, [16]).entries) == [(FORM, N, K, 16, EXPERTS)]
+    assert not again.part_grouped(EXPERTS, N, K, [17]).entries
+
+
+def test_grouped_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen() -> TuningConfig:
+        return tuning.choose_grouped(16, EXPERTS, N, K, FORM)
+
+    monkeypatch.delenv("W4A8JAX_TUNED", raising=False)
+    monkeypatch.setattr(tuning_tables, "_FOLDER", tmp_path)
+    assert chosen() == tuning.heuristic_grouped(16, EXPERTS, N, K, FORM)
+    write(tmp_path / f"{tuning_tables.slug(jax.devices()[0].device_kind)}.json", grouped(16, B))
+    assert chosen() == B
+    monkeypatch.setenv("W4A8JAX_TUNED", str(write(tmp_path / "mine.json", grouped(16, A))))
+    assert chosen() == A
+    with force_config(C):
+        assert chosen() == C
+
+
+@pytest.mark.parametrize("form", [FORM, "subnormal", "subnormal_8"])
+@pytest.mark.parametrize(("experts", "n", "k"), [(8, 28672, 4096), (128, 2048, 768), (4, 128, 128)])
+@pytest.mark.parametrize("m", [8, 100, 2048, 131072])
+def test_grouped_candidates_fit(m: int, experts: int, n: int, k: int, form: str) -> None:
+    found = tuning.candidates_grouped(m, experts, n, k, form)
+    assert 1 <= len(found) <= 10
+    assert len(set(found)) == len(found)
+    for config in found:
+        assert tuning_tables.misfit(config, n, k, form, experts) is None
+        assert not config.stream_k
+        assert config.cluster == 1
+
+
 def test_slug() -> None:
     assert tuning_tables.slug("NVIDIA H200") == "nvidia_h200"
     assert tuning_tables.slug("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
@@ -188,6 +264,9 @@ def test_what_is_no_table_is_refused(tmp_path: Path, text: str, message: str) ->
         (entry(16, A, config={"tile_tokens": 128, "stages": 40}), "bytes of shared memory"),
         (entry(16, A, config={"tile_tokens": 16, "warpgroups": 3}), "384 rows"),
         (entry(4096, C, form="bf16"), "bytes of shared memory"),  # fits FP8 tokens only
+        (entry(16, A, E=0), "E: expected a positive integer, found 0"),
+        (entry(16, A, E=4096), "1 to 1023 groups, found 4096"),
+        (entry(16, TuningConfig(16, stream_k=True), E=8), "tiles are not shared"),
     ],
 )
 def test_a_wrong_entry_is_named(table: Path, bad: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

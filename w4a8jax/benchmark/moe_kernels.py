@@ -127,8 +127,8 @@ class OurExperts(ExpertsKernel):
         x = jax.ShapeDtypeStruct((point.tokens, model.hidden), jnp.bfloat16)
         router = jax.ShapeDtypeStruct((model.experts, model.hidden), jnp.float32)
         weights = [self._abstract_weight(model.experts, n, k) for n, k in point.shapes]
-        # cuBLAS's algorithm for the router is chosen by measuring, which takes milliseconds; compiling takes seconds, and
-        # goes on beside other processes.
+        # cuBLAS's algorithm for the router is chosen by measuring, which takes milliseconds; compiling takes seconds,
+        # and goes on beside other processes.
         return jax.jit(mlp).lower((x, router), weights).compile()
 
     def compiled(self, point: Point, config: TuningConfig) -> Callable[[Any, Any], Any]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import W4A8Error, pack_codes, w4a8_matmul
-from w4a8jax.benchmark import operands, peers
+from w4a8jax.benchmark import moe_marlin, operands, peers
+from w4a8jax.benchmark.moe_points import MODELS, Point
 
 
 class TestOperands:
@@ -65,6 +66,13 @@ class TestPeers:
         scale = np.arange(3 * 128).reshape(3, 128)
         wanted = scale.reshape(-1, 64)[:, order].reshape(3, 128)
         np.testing.assert_array_equal(peers.marlin_scales(jnp.asarray(scale)), wanted)
+        experts = jnp.asarray(np.stack([scale, 2 * scale]))
+        np.testing.assert_array_equal(peers.marlin_scales(experts), np.stack([wanted, 2 * wanted]))
+
+    @pytest.mark.parametrize(("tokens", "size"), [(1, 8), (64, 8), (128, 16), (1024, 64), (16384, 64)])
+    def test_marlin_blocks(self, tokens: int, size: int) -> None:
+        # vLLM's choice: the first size of which an expert's rows fill less than 0.9.
+        assert moe_marlin.block_size(Point(MODELS["qwen3-30b-a3b"], "down", tokens, "uniform")) == size
 
     def test_uint4b8(self) -> None:
         assert peers.UINT4B8 == 1125899907892224

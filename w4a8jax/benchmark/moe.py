@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels import GROUP_SIZE
 from pallas_kernels.errors import W4A8Error
 
 from . import gemm, kernels, operands, peers, timing
 from .moe_kernels import ExpertsKernel, jax_experts, our_experts
+from .moe_marlin import VllmMarlinExperts
 from .moe_operands import ExpertWeights, MlpInputs, expected_mlp, expected_rows, sample_tokens
+from .moe_peers import VllmW4A8Experts
 from .moe_points import Point
 from .moe_record import MoeRecord
 from .operands import Activations, Tokens
@@ -221,9 +224,10 @@ def kernels_for(vllm: str | Path | None) -> list[ExpertsKernel]:
     """
     found = [*our_experts(), *jax_experts()]
     if vllm is not None:
-        from .moe_peers import vllm_experts
-
-        found += vllm_experts(vllm)
+        peers.load_vllm(vllm)
+        group = 0.5 + 2 / GROUP_SIZE
+        found.append(VllmW4A8Experts("vllm cutlass w4a8", "w4a8", 0.5 + 1 / GROUP_SIZE, 1, tolerance=3e-2))
+        found.append(VllmMarlinExperts("vllm marlin w4a16", "w4a16", group, 2))
     return found
 
 

@@ -1,7 +1,7 @@
-"""vLLM's kernels for experts, as the benchmark's: CUTLASS W4A8 and Marlin W4A16. Needs torch only when it is called.
+"""vLLM's CUTLASS W4A8 for experts, as the benchmark's kernel, and what `moe_marlin` shares with it.
 
-Argument lists, the weights' encodings and the order of an MLP's steps are those of vLLM 0.26's Python:
-`_custom_ops.py`, `fused_moe/experts/cutlass_moe.py` and `marlin_moe.py`, `fused_moe/moe_permute_unpermute.py`. The
+Needs torch only when it is called. Argument lists, the weights' encoding and the order of an MLP's steps are those of
+vLLM 0.26's Python: `_custom_ops.py`, `fused_moe/experts/cutlass_moe.py`, `fused_moe/moe_permute_unpermute.py`. The
 router is a product in bf16, as vLLM has it. Buffers that vLLM keeps between layers are made beforehand, others at each
 launch.
 """
@@ -9,7 +9,6 @@ launch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,20 +20,7 @@ from .moe_kernels import ExpertsKernel
 from .moe_operands import ExpertWeights, MlpInputs
 from .moe_points import Model, Point
 from .operands import Tokens
-from .peers import UINT4B8, TorchRunner, load_vllm, marlin_scales, signed_words, to_torch
-
-
-def vllm_experts(folder: str | Path) -> list[ExpertsKernel]:
-    """vLLM's, from a folder that holds its two kernel libraries, at whatever depth.
-
-    Raises:
-        W4A8Error: torch is missing, a library is missing or cannot be loaded.
-    """
-    load_vllm(folder)
-    return [
-        VllmW4A8Experts("vllm cutlass w4a8", "w4a8", 0.5 + 1 / GROUP_SIZE, 1, tolerance=3e-2),
-        VllmMarlinExperts("vllm marlin w4a16", "w4a16", 0.5 + 2 / GROUP_SIZE, 2),
-    ]
+from .peers import TorchRunner, signed_words, to_torch
 
 
 class VllmExperts(TorchRunner, ExpertsKernel):
@@ -66,7 +52,7 @@ class VllmW4A8Experts(VllmExperts):
         import torch
 
         if isinstance(tokens, MlpInputs):
-            return _mlp_inputs(tokens)
+            return mlp_inputs(tokens)
         ((n, k),), found = point.shapes, []
         for i in range(point.routes.sets):
             x8, token_scale = (to_torch(v)[: point.rows] for v in tokens.fp8[i])
@@ -89,7 +75,7 @@ class VllmW4A8Experts(VllmExperts):
 
         model, tokens, rows = point.model, point.tokens, point.rows
         options: dict[str, Any] = {"device": "cuda", "dtype": torch.int32}
-        route = _router(model, tokens)
+        route = router_of(model, tokens)
         places = torch.arange(rows, **options).view(tokens, model.top_k)
         offsets = torch.empty(model.experts + 1, device="cuda", dtype=torch.int64)
         permuted, inverse = torch.empty(rows, **options), torch.empty(tokens, model.top_k, **options)
@@ -124,69 +110,13 @@ class VllmW4A8Experts(VllmExperts):
                 offsets, first, second, model.inner, model.hidden, True
             )
             products = _w4a8_product(rows8, row_scale, offsets[:-1], first, w[0])
-            inner8, inner_scale = _quantized(_gated(products))
+            inner8, inner_scale = _quantized(gated(products))
             results = _w4a8_product(inner8, inner_scale, offsets[:-1], second, w[1])
             out = torch.empty_like(x)
             torch.ops._moe_C.moe_unpermute(results, weights, inverse.view(-1), offsets, model.top_k, out)
             return out
 
         return run
-
-
-class VllmMarlinExperts(VllmExperts):
-    """`moe_wna16_marlin_gemm`: codes with bf16 activations, partial sums reduced in fp32."""
-
-    def weight(self, weights: Sequence[ExpertWeights], i: int) -> Any:
-        return [_repacked(w, i) for w in weights]
-
-    def inputs(self, point: Point, tokens: Tokens | MlpInputs) -> list[Any]:
-        import numpy as np
-        import torch
-
-        if isinstance(tokens, MlpInputs):
-            return _mlp_inputs(tokens)
-        found = []
-        for i in range(point.routes.sets):
-            x = to_torch(tokens.bf16[i])[: point.rows]
-            # Rows are sorted already: each is a token of its own that meets one expert.
-            ids = np.repeat(np.arange(point.model.experts, dtype=np.int32), point.routes.sizes(i))[:, None]
-            aligned = _aligned(torch.from_numpy(ids).to(x.device), point)
-            found.append((x, aligned, torch.ones(point.rows, 1, device=x.device)))
-        return found
-
-    def product(self, point: Point) -> Callable[[Any, Any], Any]:
-        ((n, k),) = point.shapes
-
-        def run(inputs: Any, w: Any) -> Any:
-            x, aligned, weights = inputs
-            return _marlin(x, w[0], n, k, aligned, weights, block_size(point), 1, False)
-
-        return run
-
-    def mlp(self, point: Point) -> Callable[[Any, Any], Any]:
-        import torch
-
-        model = point.model
-        route = _router(model, point.tokens)
-        (n1, k1), (n2, k2) = point.shapes
-
-        def run(inputs: Any, w: Any) -> Any:
-            x, router = inputs
-            weights, ids = route(x, router)
-            aligned = _aligned(ids, point)
-            products = _marlin(x, w[0], n1, k1, aligned, weights, block_size(point), model.top_k, False)
-            rows = _marlin(_gated(products), w[1], n2, k2, aligned, weights, block_size(point), 1, True)
-            out = torch.empty_like(x)
-            torch.ops._moe_C.moe_sum(rows.view(-1, model.top_k, model.hidden), out, None, None)
-            return out
-
-        return run
-
-
-def block_size(point: Point) -> int:
-    """Rows of an expert that Marlin computes at a time, as vLLM chooses them."""
-    sizes = (8, 16, 32, 48, 64)
-    return next((size for size in sizes if point.rows / point.model.experts / size < 0.9), sizes[-1])
 
 
 def _encoded(weights: ExpertWeights, i: int) -> Any:
@@ -230,80 +160,15 @@ def _w4a8_product(x8: Any, token_scale: Any, offsets: Any, problems: Any, w: Any
     return out
 
 
-def _repacked(weights: ExpertWeights, i: int) -> Any:
-    """Codes and scales in Marlin's order, and its workspace."""
-    import torch
-
-    w, scale = weights.quantized(i)
-    words = to_torch(w.packed)  # [E, N, K/8]
-    none = torch.empty(0, dtype=torch.int32, device=words.device)
-    packed = torch.empty((weights.experts, weights.k // 16, 2 * weights.n), dtype=torch.int32, device=words.device)
-    for out, part in zip(packed, words, strict=True):
-        out.copy_(torch.ops._C.gptq_marlin_repack(part.t().contiguous(), none, weights.k, weights.n, 4, False))
-    multiprocessors = torch.cuda.get_device_properties(words.device).multi_processor_count
-    workspace = torch.zeros(4 * multiprocessors, dtype=torch.int32, device=words.device)
-    return packed, to_torch(marlin_scales(jnp.swapaxes(scale, 1, 2))), workspace
-
-
-def _aligned(ids: Any, point: Point) -> Any:
-    """Places of rows in blocks of one expert each, the blocks' experts, and how many rows they have together."""
-    import torch
-
-    experts, block, rows = point.model.experts, block_size(point), ids.numel()
-    most = rows + experts * (block - 1)
-    most = min(most, rows * block) if rows < experts else most
-    options: dict[str, Any] = {"dtype": torch.int32, "device": ids.device}
-    sizes = most, -(-most // block), 1
-    places, block_experts, total = (torch.empty(size, **options) for size in sizes)
-    torch.ops._moe_C.moe_align_block_size(ids, experts, block, places, block_experts, total, None)
-    return places, block_experts, total
-
-
-def _marlin(x: Any, w: Any, n: int, k: int, aligned: Any, weights: Any, block: int, top_k: int, weighted: bool) -> Any:
-    """bf16 [rows * top_k, N]; each row of x times `top_k` experts, times their weights if wanted."""
-    import torch
-
-    packed, scale, workspace = w
-    out = torch.empty((len(x) * top_k, n), dtype=x.dtype, device=x.device)
-    return torch.ops._moe_C.moe_wna16_marlin_gemm(
-        x,
-        out,
-        packed,
-        None,  # bias
-        scale,
-        None,  # scales of activations
-        None,  # global scale
-        None,  # zero points
-        None,  # order of groups, and of columns
-        None,
-        workspace,
-        *aligned,
-        weights,
-        block,
-        top_k,
-        weighted,
-        UINT4B8,
-        len(x),
-        n,
-        k,
-        True,  # all of K is here
-        False,  # atomic additions
-        True,  # sums in fp32
-        False,  # zero points are floats
-        -1,  # its own choice of tiles, and of blocks a multiprocessor
-        -1,
-        -1,
-    )
-
-
-def _mlp_inputs(inputs: MlpInputs) -> list[Any]:
+def mlp_inputs(inputs: MlpInputs) -> list[Any]:
+    """Tokens and the router of each set of routes, both bf16."""
     import torch
 
     x = to_torch(inputs.x)
     return [(x, to_torch(router).to(torch.bfloat16)) for router in inputs.routers]
 
 
-def _router(model: Model, tokens: int) -> Callable[[Any, Any], Any]:
+def router_of(model: Model, tokens: int) -> Callable[[Any, Any], Any]:
     """Weights fp32 and experts int32, [tokens, top_k] each, of tokens and a router."""
     import torch
 
@@ -332,7 +197,8 @@ def _quantized(x: Any) -> Any:
     return x8, scale
 
 
-def _gated(products: Any) -> Any:
+def gated(products: Any) -> Any:
+    """`silu(gate) * up` of products [rows, 2F], by vLLM's operator."""
     import torch
 
     out = torch.empty((len(products), products.shape[1] // 2), dtype=products.dtype, device=products.device)

@@ -14,7 +14,7 @@ import pytest
 from pallas_kernels import W4A8Error, moe_mlp, tuning, w4a8_ragged_matmul
 from pallas_kernels.dense_gemm import TuningConfig
 from pallas_kernels.tuning_tables import Table
-from w4a8jax.benchmark import moe, moe_kernels, moe_operands, moe_points, parts, timing, tune_moe
+from w4a8jax.benchmark import ahead, moe, moe_kernels, moe_operands, moe_points, parts, timing, tune_moe
 from w4a8jax.benchmark.moe_points import MODELS, Model, Point, points
 from w4a8jax.benchmark.moe_record import MoeRecord
 
@@ -209,6 +209,23 @@ class TestRun:
         record = MoeRecord({"copy_TB_s": 3.0})
         moe.run(record, moe_kernels.jax_experts()[:1], [Point(TOY, "down", 1, "zipf")], measure=fake_measure)
         assert "of temporary memory" in record.rows[0]["failed"]
+
+
+def test_programs_are_compiled_ahead() -> None:
+    traced: list[tuple[int, ...]] = []
+
+    def scaled(factor: int, x: jax.Array) -> jax.Array:
+        traced.append(x.shape)
+        return factor * x
+
+    function = ahead.Ahead(scaled, 1)
+    assert function.prepare(3, jax.ShapeDtypeStruct((2,), jnp.float32)).shape == (2,)
+    assert function(3, jnp.ones(2)).tolist() == [3, 3]
+    assert traced == [(2,)]
+    assert function(2, jnp.ones(2)).tolist() == [2, 2]
+    assert len(traced) == 2
+    # A compiled program takes no tracers.
+    assert jax.jit(lambda x: function(3, x))(jnp.ones(2)).tolist() == [3, 3]
 
 
 def test_our_kernels_run_what_is_chosen() -> None:

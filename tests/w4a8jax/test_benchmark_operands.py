@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import W4A8Error, pack_codes, w4a8_matmul
-from w4a8jax.benchmark import moe_marlin, operands, peers
+from w4a8jax.benchmark import moe_marlin, moe_operands, moe_peers, operands, peers
 from w4a8jax.benchmark.moe_points import MODELS, Point
 
 
@@ -68,6 +68,11 @@ class TestPeers:
         np.testing.assert_array_equal(peers.marlin_scales(jnp.asarray(scale)), wanted)
         experts = jnp.asarray(np.stack([scale, 2 * scale]))
         np.testing.assert_array_equal(peers.marlin_scales(experts), np.stack([wanted, 2 * wanted]))
+
+    def test_experts_that_vllm_would_reorder_wrongly(self) -> None:
+        kernel = moe_peers.VllmW4A8Experts("vllm cutlass w4a8", "w4a8", 0.5 + 1 / 128, 1)
+        with pytest.raises(W4A8Error, match="K 384 wrongly: K must be a multiple of 256"):
+            kernel.weight([moe_operands.ExpertWeights(2, 128, 384)], 0)
 
     @pytest.mark.parametrize(("tokens", "size"), [(1, 8), (64, 8), (128, 16), (1024, 64), (16384, 64)])
     def test_marlin_blocks(self, tokens: int, size: int) -> None:

@@ -121,12 +121,12 @@ class VllmW4A8Experts(VllmExperts):
 
 def _encoded(weights: ExpertWeights, i: int) -> Any:
     """Codes in the kernel's order, their layout, group scales, channel scales, and strides of operands and result."""
-    import torch
-
     experts, n, k = weights.experts, weights.n, weights.k
     if k % 256:
         # The operator checks this no more than the reads beyond the end that follow.
         raise W4A8Error(f"vLLM's W4A8 reorders weights of K {k} wrongly: K must be a multiple of 256")
+    import torch
+
     w, _ = weights.quantized(i)
     packed, layout = torch.ops._C.cutlass_encode_and_reorder_int4b_grouped(to_torch(signed_words(w.packed)))
     scales = torch.ops._C.cutlass_pack_scale_fp8(to_torch(jnp.swapaxes(w.group_scale, 1, 2)))

@@ -22,6 +22,8 @@ ROUTINGS: tuple[Routing, ...] = ("uniform", "zipf")
 PRODUCTS = ("gate_up", "down", "mlp")
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
+MOST_ROWS = 32  # that are compared
+
 _BYTES = 0.5 + 1 / GROUP_SIZE  # of a weight: its code, and its part of a one-byte scale
 
 

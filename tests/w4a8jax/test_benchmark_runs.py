@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,24 @@ class TestParts:
         for row in record.measured.values():
             changed = row["M"] in (1, 512)
             assert (row["us"] == 1.0 + row["M"]) == changed
+
+    def test_what_is_found_so_far_is_saved(self, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A run that is cut off loses little: here a process waits until its rows were saved."""
+        saved = threading.Event()
+
+        def process(words: list[str], progress: Callable[[str], None]) -> list[str]:
+            part = Record.read(words[-1])
+            part.rows[0]["us"] = 7.0
+            part.write(words[-1])
+            return [] if saved.wait(30) else ["nothing was saved"]
+
+        def save(found: Record) -> None:
+            if any(row.get("us") == 7 for row in found.rows):
+                saved.set()
+
+        monkeypatch.setattr(parts, "_run", process)
+        monkeypatch.setattr(parts, "_SAVED_EVERY", 0.05)
+        parts.run(record, ["bench"], SHAPES[:1], (1,), 1, save=save, progress=print)
 
     def test_a_failed_process_says_why(self) -> None:
         lines: list[str] = []

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
 
 from pallas_kernels.errors import W4A8Error
 
+_SAVED_EVERY = 20  # seconds
 # How lines of results begin, of single products and of experts.
 RESULT = ("K ", "MoE ")
 
@@ -80,7 +81,7 @@ def run_jobs[R: Results](
         jobs: of each process, the results that it goes on from, and the words of its command; --processes and --out
             are added.
         processes: at most so many run at a time.
-        save: called with the results after each process.
+        save: called with the results after each process, and with what the others have found so far every 20 seconds.
         progress: called with each line that is printed for a result.
 
     Raises:
@@ -92,11 +93,14 @@ def run_jobs[R: Results](
             path = Path(folder) / f"{i}.json"
             part.write(path)
             running[pool.submit(_run, [*words, "--processes", "1", "--out", str(path)], progress)] = path
-        failures = []
-        for job in as_completed(running):
-            failures += job.result()
-            results.update(running[job])
+        failures: list[str] = []
+        pending = set(running)
+        while pending:
+            done, pending = wait(pending, _SAVED_EVERY, FIRST_COMPLETED)
+            for path in running.values():
+                results.update(path)
             save(results)
+            failures += [failure for job in done for failure in job.result()]
     if failures:
         raise W4A8Error(f"{len(failures)} of {len(jobs)} processes failed; {failures[0]}")
 

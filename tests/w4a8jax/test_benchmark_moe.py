@@ -205,10 +205,14 @@ class TestRun:
         assert compiled == [1, 12]
 
     def test_ragged_dot_that_needs_too_much_is_not_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        work = points([TOY], ["down"], [1, 12], ["zipf"])
+        (kernel,) = (k for k in moe_kernels.jax_experts() if k.name == "ragged_dot bf16")
+        bench = moe.Experts(work, fake_measure)
+        assert "us" in bench.rows([kernel], work[0])[0]
+        assert kernel.name in bench._prepared
         monkeypatch.setattr(moe_kernels, "_MOST_TEMPORARY", -1)
-        record = MoeRecord({"copy_TB_s": 3.0})
-        moe.run(record, moe_kernels.jax_experts()[:1], [Point(TOY, "down", 1, "zipf")], measure=fake_measure)
-        assert "of temporary memory" in record.rows[0]["failed"]
+        assert "of temporary memory" in bench.rows([kernel], work[1])[0]["failed"]
+        assert kernel.name not in bench._prepared
 
 
 def test_programs_are_compiled_ahead() -> None:

@@ -107,7 +107,12 @@ class Experts:
         key = kernel.name, point.tokens
         if key not in self._functions:
             self._functions = {k: v for k, v in self._functions.items() if k[1] == point.tokens}
-            self._functions[key] = kernel.function(point)
+            try:
+                self._functions[key] = kernel.function(point)
+            except Exception:
+                # With more tokens it will hardly do better, and its weights may be gigabytes.
+                self._prepared.pop(kernel.name, None)
+                raise
         return self._functions[key]
 
     def check(self, kernel: ExpertsKernel, point: Point, function: Callable[[Any, Any], Any]) -> Checked:

@@ -63,7 +63,7 @@ def test_an_mlp_takes_prepared_experts(monkeypatch: pytest.MonkeyPatch) -> None:
         w = weights[0] if f.shape == prepared[0].shape else weights[1]
         return w4a8_ragged_matmul(x.astype(jnp.float32) * token_scale, w, sizes)
 
-    monkeypatch.setattr(ops, "grouped_gemm", kernel)
+    monkeypatch.setattr(ops, "_grouped_gemm", kernel)
     rng = np.random.default_rng(0)
     x, router = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((5, 128), (4, 128)))
     found, wanted = (moe_mlp(x, router, *w, top_k=2).astype(jnp.float32) for w in (prepared, weights))

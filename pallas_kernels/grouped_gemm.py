@@ -41,11 +41,12 @@ MOST_GROUPS = 1023
 
 def check(config: TuningConfig, groups: int, n: int, k: int, form: str) -> None:
     """Raises W4A8Error if the config cannot take a weight [groups, N, K] in a form."""
-    if config.stream_k or config.cluster != 1:
-        raise W4A8Error(f"grouped kernel: tiles are not shared, and blocks have no clusters; found {config}")
+    if config.stream_k:
+        raise W4A8Error(f"grouped kernel: tiles are not shared; found {config}")
     if not 1 <= groups <= MOST_GROUPS:
         raise W4A8Error(f"grouped kernel: 1 to {MOST_GROUPS} groups, found {groups}")
-    config.check(n, k, form, more=8 * GroupSchedule(groups, 1, 8).table_size + 128)
+    table = -(-4 * GroupSchedule(groups, 1, 8).table_size // 1024) * 1024  # as shared memory is given out
+    config.check(n, k, form, more=2 * table + 1024)
 
 
 def grouped_gemm(
@@ -60,9 +61,9 @@ def grouped_gemm(
     Args:
         x: `float8_e4m3fn` [M, K], bf16 for weights in form "bf16", rows sorted by group; M a multiple of 8.
         token_scale: fp32 [M, 1]; None for weights in form "bf16".
-        w: [E, N, K]; N must be a multiple of the config's `tile_rows`.
+        w: [E, N, K]; N must be a multiple of the config's `tile_rows * cluster`.
         group_sizes: int32 [E].
-        config: how to divide the work, without `stream_k` and clusters.
+        config: how to divide the work, without `stream_k`.
 
     Raises:
         W4A8Error: shapes, dtypes or the config do not fit.
@@ -79,7 +80,9 @@ def grouped_gemm(
         raise W4A8Error(f"grouped kernel: group_sizes must be int32, found {group_sizes.dtype}")
     check(config, groups, n, k, w.form)
     blocks = config.row_blocks * config.warpgroups
-    schedule = GroupSchedule(groups, n // config.tile_rows, config.tile_tokens)
+    # Blocks of a cluster compute neighbouring rows of the same tokens.
+    schedule = GroupSchedule(groups, n // config.tile_rows // config.cluster, config.tile_tokens)
+    grid = config.ctas // config.cluster
     k_steps = k // TILE_COLUMNS
     zeros = next(c for c in (1024, 512, 256, 128) if n % c == 0)  # columns at a time
 
@@ -98,14 +101,16 @@ def grouped_gemm(
         **scratch: Any,
     ) -> None:
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+        rank = lax.axis_index("rank") if config.cluster > 1 else 0
         pipeline = Pipeline.of(config, w.form, scratch)
 
         def my_tiles() -> Any:
             tiles = total(before_smem) * schedule.n_tiles
-            return lax.div(tiles + (config.ctas - 1) - cta, config.ctas)
+            return lax.div(tiles + (grid - 1) - cta, grid)
 
         def my_tile(index: Any) -> tuple[Any, ...]:
-            return schedule.tile(cta + index * config.ctas, rows_smem, before_smem)
+            group, n_tile, *tokens = schedule.tile(cta + index * grid, rows_smem, before_smem)
+            return group, (n_tile * config.cluster + rank) * blocks, *tokens
 
         @pl.when(warpgroup < config.warpgroups)
         def _() -> None:
@@ -115,15 +120,13 @@ def grouped_gemm(
             plgpu.barrier_wait(scanned)
 
             def compute(index: Any, done: Any) -> Any:
-                group, n_tile, first_token, _, _ = my_tile(index)
-                first_block = n_tile * blocks
+                group, first_block, first_token, _, _ = my_tile(index)
                 staging.fetch_token_scales(token_scale_gmem, first_token)
                 scales = row_scales(channel_scale_gmem, group * (n // TILE_ROWS) + first_block, my_blocks)
                 results = pipeline.products(my_blocks, 0, k_steps // config.steps_at_once, done)
                 staging.await_token_scales()
                 # Looked up again, which is cheaper than to hold it in registers meanwhile.
-                _, n_tile, first_token, low, high = my_tile(index)
-                first_block = n_tile * blocks
+                _, first_block, first_token, low, high = my_tile(index)
                 whole = (low == first_token) & (high == first_token + config.tile_tokens)
 
                 def copy(block: Any, first: int) -> None:
@@ -159,7 +162,9 @@ def grouped_gemm(
 
             lax.fori_loop(0, my_tiles(), compute, 0)
 
-            @pl.loop(total(rows_smem) + cta * config.warpgroups + warpgroup, m, step=everyone)
+            me = (cta * config.cluster + rank) * config.warpgroups + warpgroup
+
+            @pl.loop(total(rows_smem) + me, m, step=grid * config.cluster * config.warpgroups)
             def clear_row(row: Any) -> None:
                 @pl.loop(0, n // zeros)
                 def clear_part(i: Any) -> None:
@@ -176,8 +181,8 @@ def grouped_gemm(
             plgpu.barrier_arrive(scanned)
 
             def load(index: Any, done: Any) -> Any:
-                group, n_tile, first_token, _, _ = my_tile(index)
-                rows = pl.ds(group * (n // TILE_ROWS) + n_tile * blocks, blocks)
+                group, first_block, first_token, _, _ = my_tile(index)
+                rows = pl.ds(group * (n // TILE_ROWS) + first_block, blocks)
 
                 @pl.loop(0, k_steps)
                 def step(ki: Array) -> None:
@@ -189,11 +194,11 @@ def grouped_gemm(
 
             pipeline.finish(lax.fori_loop(0, my_tiles(), load, 0))
 
-    everyone = config.ctas * config.warpgroups
+    cluster: dict[str, Any] = {"cluster": (config.cluster,), "cluster_names": ("rank",)} if config.cluster > 1 else {}
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((m, n), jnp.bfloat16),
-        grid=(config.ctas,),
+        grid=(grid,),
         grid_names=("cta",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
@@ -205,6 +210,7 @@ def grouped_gemm(
             "scanned": plgpu.Barrier(),
             **scratch_types(config, w.form, w.scales.dtype, x.dtype),
         },
+        **cluster,
     )
     per_token = None if token_scale is None else token_scale[:, 0]
     words, scales = (v.reshape(-1, *v.shape[2:]) for v in (w.words, w.scales))

@@ -106,7 +106,7 @@ def w4a8_ragged_matmul(
     """
     _check_ragged(x, w, group_sizes, "w4a8")
     if isinstance(w, FragmentWeight):
-        return _grouped_kernel(x, w, group_sizes.astype(jnp.int32)).astype(out_dtype)
+        return w4a8_ragged_rows(x, None, w, group_sizes.astype(jnp.int32)).astype(out_dtype)
     return round_to(reference.ragged_matmul(x, w, group_sizes), out_dtype)
 
 
@@ -161,16 +161,35 @@ _kernel.defvjp(_kernel_forward, lambda saved, g: (g, saved))
 
 
 @jax.custom_vjp
-def _grouped_kernel(x: Array, w: FragmentWeight, group_sizes: Array) -> Array:
-    m, (experts, n, k) = x.shape[0], w.shape
+def w4a8_ragged_rows(x: Array, rows: Array | None, w: FragmentWeight, group_sizes: Array) -> Array:
+    """`w4a8_ragged_matmul` of `x[rows]`, or of x, on the grouped kernel.
+
+    Args:
+        x: [T, K], quantized before rows are gathered.
+        rows: int [M], sorted by group, or None for x as it is.
+        w: [E, N, K], for "w4a8".
+        group_sizes: int32 [E].
+
+    Returns:
+        bf16 [M, N].
+
+    Raises:
+        W4A8Error: a gradient is asked for.
+    """
+    m, (experts, n, k) = (x if rows is None else rows).shape[0], w.shape
     if m == 0:
         return jnp.zeros((0, n), jnp.bfloat16)
-    x, token_scale = quantize_activations(jnp.pad(x, ((0, -m % ALIGNMENT), (0, 0))))
+    # The kernel's tiles are of 8 rows; those added belong to no group.
+    if rows is None:
+        x, token_scale = quantize_activations(jnp.pad(x, ((0, -m % ALIGNMENT), (0, 0))))
+    else:
+        rows = jnp.pad(rows, (0, -m % ALIGNMENT))
+        x, token_scale = (values[rows] for values in quantize_activations(x))
     config = tuning.choose_grouped(m, experts, n, k, w.form)
     return _grouped_gemm(x, token_scale, w, group_sizes, config)[:m]
 
 
-_grouped_kernel.defvjp(lambda x, w, _: _kernel_forward(x, w), lambda saved, g: (g, saved, g))
+w4a8_ragged_rows.defvjp(lambda x, rows, w, _: _kernel_forward(x, w), lambda saved, g: (g, None, saved, g))
 
 
 @jax.custom_vjp

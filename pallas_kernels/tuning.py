@@ -184,7 +184,7 @@ def heuristic_grouped(m: int, experts: int, n: int, k: int, form: str) -> Tuning
 
 
 def candidates_grouped(m: int, experts: int, n: int, k: int, form: str) -> list[TuningConfig]:
-    """Configurations of the grouped kernel worth measuring for M rows: all that fit, none twice, about ten.
+    """Configurations of the grouped kernel worth measuring for M rows: all that fit, none twice, at most 18.
 
     Three sizes of tiles of tokens about what an expert gets of evenly spread rows; each with 128 and with 256 rows of
     weights, with the deepest pipeline that fits, a power of two where it has few tokens.
@@ -208,7 +208,12 @@ def candidates_grouped(m: int, experts: int, n: int, k: int, form: str) -> list[
             if depths and (row_blocks == 1 or tokens <= 128):
                 power = 1 << depths[-1].stages.bit_length() - 1
                 stages = power if tokens <= 64 and power > 3 else depths[-1].stages
-                found[dataclasses.replace(base, stages=stages)] = None
+                config = dataclasses.replace(base, stages=stages)
+                found[config] = None
+                # Where tokens are read again and again from the cache, two blocks may share them.
+                pair = dataclasses.replace(config, cluster=2)
+                if tokens >= 128 and not tuning_tables.misfit(pair, n, k, form, experts=experts):
+                    found[pair] = None
     return list(found)
 
 

@@ -10,7 +10,7 @@ from random_weights import random_checkpoint, weight_of
 from test_dense_gemm import gpu
 from test_grouped_interpreted import expected_of
 
-from pallas_kernels import W4A8Error, moe_mlp, ops, quantize_activations, tuning, w4a8_ragged_matmul
+from pallas_kernels import W4A8Error, moe_mlp, ops, quantize_activations, tuning, w4a8_moe_mlp, w4a8_ragged_matmul
 from pallas_kernels.fragments import FragmentWeight
 
 FORMS = [("lut", -7), ("lut", -8), ("exact", -7), ("exact", -8)]
@@ -54,22 +54,30 @@ def test_the_op_calls_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         jax.grad(lambda x: jnp.sum(w4a8_ragged_matmul(x, f, sizes, out_dtype=jnp.float32)))(jnp.ones((3, 256)))
 
 
-def test_an_mlp_takes_prepared_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel is stood for by the reference, of the weight that was prepared."""
-    weights = [weight_of(*random_checkpoint(i, 4, *shape)) for i, shape in enumerate([(256, 128), (128, 128)])]
-    prepared = [FragmentWeight.from_weight(w) for w in weights]
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (5, 3), (16, 2)])
+def test_experts_meet_the_rows_of_their_tokens(tokens: int, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole MLP, with a kernel that computes in float64 in place of the real one."""
+    experts, width, inner = 4, 256, 128
+    weights = [
+        weight_of(*random_checkpoint(i, experts, *s)) for i, s in enumerate([(2 * inner, width), (width, inner)])
+    ]
+    of_kernel = {w.packed.shape: w for w in weights}
 
-    def kernel(x: Any, token_scale: Any, f: FragmentWeight, sizes: Any, config: Any) -> jax.Array:
-        w = weights[0] if f.shape == prepared[0].shape else weights[1]
-        return w4a8_ragged_matmul(x.astype(jnp.float32) * token_scale, w, sizes)
+    def kernel(x8: Any, token_scale: Any, f: FragmentWeight, sizes: Any, config: Any) -> jax.Array:
+        w = of_kernel[(*f.shape[:2], f.shape[2] // 8)]
+        assert x8.dtype == jnp.float8_e4m3fn
+        assert x8.shape[0] % 8 == 0
+        return jnp.asarray(expected_of(x8, token_scale, w, list(np.asarray(sizes))), jnp.bfloat16)
 
     monkeypatch.setattr(ops, "_grouped_gemm", kernel)
-    rng = np.random.default_rng(0)
-    x, router = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((5, 128), (4, 128)))
-    found, wanted = (moe_mlp(x, router, *w, top_k=2).astype(jnp.float32) for w in (prepared, weights))
-    np.testing.assert_allclose(found, wanted, rtol=0.02, atol=0.02 * float(jnp.max(jnp.abs(wanted))))
+    rng = np.random.default_rng(tokens)
+    x = jnp.asarray(rng.standard_normal((tokens, width)), jnp.bfloat16)
+    router = jnp.asarray(rng.standard_normal((experts, width)), jnp.float32)
+    prepared = [FragmentWeight.from_weight(w) for w in weights]
+    found, expected = (w4a8_moe_mlp(x, router, *w, top_k=top_k).astype(jnp.float32) for w in (prepared, weights))
+    assert jnp.linalg.norm(found - expected) < 5e-3 * jnp.linalg.norm(expected)
     with pytest.raises(W4A8Error, match="expected a weight prepared for w4a16"):
-        moe_mlp(x, router, *prepared, top_k=2, scheme="w4a16")
+        moe_mlp(x, router, *prepared, top_k=top_k, scheme="w4a16")
 
 
 def random_sizes(rng: np.random.Generator, experts: int, m: int, kind: int) -> np.ndarray:

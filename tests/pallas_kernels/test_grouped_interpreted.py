@@ -20,6 +20,8 @@ CASES = [  # sizes of groups, M, N, K, code_min, numerics, config
     ([0, 0], 8, 128, 256, -7, "lut", FEW),  # no tokens
     ([3, 13, 12], 32, 256, 256, -7, "lut", TuningConfig(8, 1, 2, 3, ctas=2)),  # K steps in pairs
     ([7, 0, 20], 32, 128, 256, -8, "exact", FEW),
+    ([5, 0, 19, 0, 9], 40, 256, 512, -7, "lut", TuningConfig(16, 2, 1, 3, cluster=2, ctas=4)),
+    ([40, 0, 30], 72, 512, 512, -8, "lut", TuningConfig(32, 1, 2, 4, cluster=2, ctas=4)),
     ([150], 152, 128, 256, -7, "lut", TuningConfig(144, 1, 2, 3, ctas=1)),  # the output in two pieces
 ]
 

@@ -183,12 +183,12 @@ def test_grouped_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("m", [8, 100, 2048, 131072])
 def test_grouped_candidates_fit(m: int, experts: int, n: int, k: int, form: str) -> None:
     found = tuning.candidates_grouped(m, experts, n, k, form)
-    assert 1 <= len(found) <= 10
+    assert 1 <= len(found) <= 18
     assert len(set(found)) == len(found)
     for config in found:
         assert tuning_tables.misfit(config, n, k, form, experts) is None
         assert not config.stream_k
-        assert config.cluster == 1
+        assert config.cluster == 1 or config.tile_tokens >= 128
 
 
 def test_slug() -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .moe_record import MoeRecord
+from .summary import brief
 
 CUTLASS_W4A8 = "vllm cutlass w4a8"
 MARLIN = "vllm marlin w4a16"
@@ -122,7 +123,7 @@ def render(record: MoeRecord, console: Console | None = None) -> None:
     for row in record.rows:
         where = f"{row['model']} {row['product']} tokens {row['tokens']} {row['routing']} {row['kernel']}"
         if "failed" in row:
-            console.print(f"failed: {where}: {row['failed']}", markup=False)
+            console.print(f"failed: {where}: {brief(row['failed'])}", markup=False)
         elif row.get("same_twice") is False:
             console.print(f"not the same bits in two runs: {where}", markup=False)
 

@@ -103,9 +103,8 @@ def render(record: Record, console: Console | None = None) -> None:
     console.print(table)
     for row in record.rows:
         if "failed" in row:
-            console.print(
-                f"failed: K {row['K']} N {row['N']} M {row['M']} {row['kernel']}: {row['failed']}", markup=False
-            )
+            where = f"K {row['K']} N {row['N']} M {row['M']} {row['kernel']}"
+            console.print(f"failed: {where}: {brief(row['failed'])}", markup=False)
         elif row.get("same_twice") is False:
             where = f"K {row['K']} N {row['N']} M {row['M']} {row['kernel']}"
             console.print(f"not the same bits in two runs: {where}", markup=False)
@@ -163,3 +162,8 @@ def _table(*columns: str) -> Table:
 
 def _number(x: float | None) -> str:
     return "" if x is None else f"{x:.3f}"
+
+
+def brief(message: str) -> str:
+    """The beginning of an error's message, which frameworks fill with their own advice; the record has the rest."""
+    return message if len(message) <= 160 else f"{message[:160]} ..."

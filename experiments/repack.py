@@ -1,6 +1,6 @@
 """Repacking Command A's weights for the kernels, on one GPU: seconds, and memory beyond the weights.
 
-python experiments/repack.py --out experiments/results/repack_h200.json
+python experiments/repack.py --out experiments/results/repack_h100.json
 
 The 64 layers' four fused projections, 108 of its 111 B parameters; the embedding stays bf16. Codes are random and are
 made on the device before the clock starts. The first layer is repacked before the others exist, smallest weights first,

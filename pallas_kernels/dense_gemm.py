@@ -42,7 +42,7 @@ from .main_loop import SUMS_BY_GROUP, Pipeline, Staging, row_scales, scratch_typ
 from .register_dequantize import F8, table_words
 from .schedule import Schedule
 
-_SHARED_MEMORY = 227 * 1024
+SHARED_MEMORY = 227 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +105,8 @@ class TuningConfig:
             raise W4A8Error(f"kernel: row_blocks 1 is for K a multiple of 256, not {k}, and not for exact numerics")
         if n % (self.tile_rows * self.cluster):
             raise W4A8Error(f"kernel: N {n} is no multiple of {self.tile_rows * self.cluster} rows, those of {self}")
-        if (needed := self.shared_memory(form) + more) > _SHARED_MEMORY:
-            raise W4A8Error(f"kernel: {self} needs {needed} bytes of shared memory; {_SHARED_MEMORY} exist")
+        if (needed := self.shared_memory(form) + more) > SHARED_MEMORY:
+            raise W4A8Error(f"kernel: {self} needs {needed} bytes of shared memory; {SHARED_MEMORY} exist")
         if self.stages < 3 or self.warpgroups not in (1, 2, 3) or self.cluster not in (1, 2):
             raise W4A8Error(f"kernel: at least 3 stages, 1 to 3 warpgroups and clusters of 1 or 2, found {self}")
         if self.lead < 0:

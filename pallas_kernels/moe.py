@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from .errors import W4A8Error
 from .fragments import FragmentWeight, Scheme
-from .ops import w4a8_ragged_matmul, w4a8_ragged_rows, w4a16_ragged_matmul
+from .ops import gated, w4a8_gated_rows, w4a8_ragged_matmul, w4a8_ragged_rows, w4a16_ragged_matmul
 from .reference import ragged_dot
 from .rounding import round_to
 from .straight_through import MasterWeight, straight_through_ragged_matmul
@@ -88,10 +88,11 @@ def moe_mlp(
     tokens = x.reshape(math.prod(lead), width)
     weights, experts = route(router_logits(tokens, router), top_k, selection=selection, normalize=normalize)
     order, place, sizes = _sort_by_expert(experts, router.shape[0])
-    gate, up = jnp.split(_products(tokens, order // top_k, gate_up, sizes, scheme), 2, axis=-1)
-    silu = round_to(jax.nn.silu(gate.astype(jnp.float32)), x.dtype)
-    inner = round_to(silu.astype(jnp.float32) * up.astype(jnp.float32), x.dtype)
-    rows = _products(inner, None, down, sizes, scheme)
+    inner = _products(tokens, order // top_k, gate_up, sizes, scheme)
+    if isinstance(down, FragmentWeight) and scheme == "w4a8" and x.dtype == jnp.bfloat16:
+        rows = w4a8_gated_rows(inner, down, sizes)
+    else:
+        rows = _products(gated(inner), None, down, sizes, scheme)
     total = jnp.zeros((tokens.shape[0], width), jnp.float32)
     for k in range(top_k):
         total += weights[:, k, None] * rows[place[:, k]].astype(jnp.float32)

@@ -16,6 +16,7 @@ from .errors import W4A8Error
 from .fragments import FragmentWeight, Scheme
 from .group_schedule import ALIGNMENT
 from .grouped_gemm import MOST_GROUPS, grouped_gemm
+from .quantize_kernel import quantize_gated, quantize_tokens
 from .rounding import round_to
 from .weight_format import GROUP_SIZE, W4Weight
 
@@ -145,12 +146,22 @@ def _kernel(x: Array, w: FragmentWeight) -> Array:
     *lead, k = x.shape
     m = math.prod(lead)
     x = x.reshape(m, k)
-    x, token_scale = quantize_activations(x) if w.scheme == "w4a8" else (round_to(x, jnp.bfloat16), None)
-    if m > 8 and m % 8:
-        x = jnp.pad(x, ((0, -m % 8), (0, 0)))  # the copy engine's tiles are of 8 tokens
+    rows = m if m <= 8 else -(-m // 8) * 8  # the copy engine's tiles are of 8 tokens
+    if w.scheme == "w4a8":
+        x, token_scale = _quantized(x, rows)
+    else:
+        x, token_scale = jnp.pad(round_to(x, jnp.bfloat16), ((0, rows - m), (0, 0))), None
     n, k = w.shape
     out = _dense_gemm(x, token_scale, w, tuning.choose(m, n, k, w.form))
     return out[:m].reshape(*lead, n)
+
+
+def _quantized(x: Array, rows: int) -> tuple[Array, Array]:
+    """FP8 [rows, K] and scales of x [M, K]; rows beyond M mean nothing."""
+    if tuning.quantizes_in_one_kernel():
+        return quantize_tokens(x, rows)
+    x8, token_scale = quantize_activations(x)
+    return tuple(jnp.pad(v, ((0, rows - x.shape[0]), (0, 0))) for v in (x8, token_scale))  # type: ignore[return-value]
 
 
 def _kernel_forward(x: Array, w: FragmentWeight) -> tuple[Array, None]:
@@ -181,15 +192,35 @@ def w4a8_ragged_rows(x: Array, rows: Array | None, w: FragmentWeight, group_size
         return jnp.zeros((0, n), jnp.bfloat16)
     # The kernel's tiles are of 8 rows; those added belong to no group.
     if rows is None:
-        x, token_scale = quantize_activations(jnp.pad(x, ((0, -m % ALIGNMENT), (0, 0))))
+        x, token_scale = _quantized(x, m + -m % ALIGNMENT)
     else:
         rows = jnp.pad(rows, (0, -m % ALIGNMENT))
-        x, token_scale = (values[rows] for values in quantize_activations(x))
+        x, token_scale = (values[rows] for values in _quantized(x, x.shape[0]))
     config = tuning.choose_grouped(m, experts, n, k, w.form)
     return _grouped_gemm(x, token_scale, w, group_sizes, config)[:m]
 
 
 w4a8_ragged_rows.defvjp(lambda x, rows, w, _: _kernel_forward(x, w), lambda saved, g: (g, None, saved, g))
+
+
+@jax.custom_vjp
+def w4a8_gated_rows(gate_up: Array, w: FragmentWeight, group_sizes: Array) -> Array:
+    """`w4a8_ragged_rows` of `gated(gate_up)`, bf16 [M, 2K], sorted by group, for w [E, N, K]; bf16 [M, N]."""
+    m, (experts, n, k) = gate_up.shape[0], w.shape
+    if m == 0 or not tuning.quantizes_in_one_kernel():
+        return w4a8_ragged_rows(gated(gate_up), None, w, group_sizes)
+    x, token_scale = quantize_gated(gate_up, m + -m % ALIGNMENT)
+    return _grouped_gemm(x, token_scale, w, group_sizes, tuning.choose_grouped(m, experts, n, k, w.form))[:m]
+
+
+w4a8_gated_rows.defvjp(lambda gate_up, w, _: _kernel_forward(gate_up, w), lambda saved, g: (g, saved, g))
+
+
+def gated(gate_up: Float[Array, "... 2F"]) -> Float[Array, "... F"]:
+    """`silu(gate) * up` of the columns of gate and those of up, each rounded to their dtype."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    silu = round_to(jax.nn.silu(gate.astype(jnp.float32)), gate.dtype)
+    return round_to(silu.astype(jnp.float32) * up.astype(jnp.float32), gate.dtype)
 
 
 @jax.custom_vjp

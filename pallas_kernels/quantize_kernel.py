@@ -1,7 +1,10 @@
 """Activation quantization as one kernel for Hopper: `activations.quantize_activations`, and padding to whole tiles.
 
-A block of one warpgroup takes a token: it finds the largest value, then reads the token again, from the cache, and
-divides. XLA makes two to four kernels of this, more where tokens are padded.
+A block of one warpgroup takes a token: it finds the largest value, then divides all. It holds tokens of up to 16384
+values in registers, and reads longer ones again, from the cache. XLA makes two to four kernels of this, more where
+tokens are padded, and its division is put right by some sixty instructions (`rounding.divide`); here it takes four.
+
+With a gate, values are those between the two products of an MLP, `silu(gate) * up`, computed on the way.
 """
 
 import math
@@ -32,6 +35,14 @@ _DIVIDE_BY_INVERSE = """{ .reg .f32 quotient, negative, rest;
         neg.f32 negative, quotient;
         fma.rn.f32 rest, negative, $2, $1;
         fma.rn.f32 $0, rest, $3, quotient; }"""
+# x / (1 + exp(-x)), right to a few units in the last place of fp32; 0fBFB8AA3B is -log2(e).
+_SILU = """{ .reg .f32 power;
+        mul.rn.f32 power, $1, 0fBFB8AA3B;
+        ex2.approx.f32 power, power;
+        add.rn.f32 power, power, 0f3F800000;
+        rcp.approx.f32 power, power;
+        mul.rn.f32 $0, $1, power; }"""
+_HELD = 16384  # values of a token in registers, 128 a thread
 _ONE_EACH = plgpu.Layout.WG_STRIDED((_THREADS,), vec_size=1)
 
 
@@ -46,39 +57,78 @@ def quantize_tokens(x: Float[Array, "M K"], rows: int) -> tuple[Float[Array, "ro
         x8: `float8_e4m3fn` [rows, K].
         token_scale: fp32 [rows, 1].
     """
-    m, k = x.shape
+    return _quantize(x, rows, gated=False)
+
+
+def quantize_gated(gate_up: Float[Array, "M 2F"], rows: int) -> tuple[Float[Array, "rows F"], Float[Array, "rows 1"]]:
+    """`quantize_tokens(silu(gate) * up, rows)`, silu and the product each rounded to gate_up's dtype.
+
+    Args:
+        gate_up: [M, 2F], the columns of gate before those of up, bf16 or fp16; F a multiple of 128.
+        rows: of the result, at least M.
+
+    Returns:
+        x8: `float8_e4m3fn` [rows, F].
+        token_scale: fp32 [rows, 1].
+    """
+    return _quantize(gate_up, rows, gated=True)
+
+
+def _quantize(x: Array, rows: int, *, gated: bool) -> tuple[Array, Array]:
+    m, k = x.shape[0], x.shape[1] // (2 if gated else 1)
+    short = x.dtype.itemsize == 2
     columns = _THREADS * max(c for c in range(1, _MOST + 1) if k // _THREADS % c == 0)
     layout = plgpu.Layout.WG_STRIDED((columns,), vec_size=math.gcd(columns // _THREADS, 16 // x.dtype.itemsize))
+    parts = k // columns
+    holds = short and k <= _HELD
 
     def body(x_gmem: Any, x8_gmem: Any, scale_gmem: Any) -> None:
         row = lax.axis_index("row")
         token = jnp.minimum(row, m - 1)
 
-        def part(i: Any) -> Array:
-            values = plgpu.load(x_gmem.at[token, pl.ds(i * columns, columns)], layout=layout, optimized=False)
+        def read(first: Any) -> Array:
+            values = plgpu.load(x_gmem.at[token, pl.ds(first, columns)], layout=layout, optimized=False)
             return values.astype(jnp.float32)
 
+        def part(i: Any) -> Array:
+            if not gated:
+                return read(i * columns)
+            silu = _with_threads(_SILU, [read(i * columns)], layout).astype(x.dtype).astype(jnp.float32)
+            return (silu * read(k + i * columns)).astype(x.dtype).astype(jnp.float32)
+
+        held = [part(i).astype(x.dtype) for i in range(parts)] if holds else []
+
         def largest(i: Any, so_far: Array) -> Array:
-            values = part(i)
+            values = held[i].astype(jnp.float32) if holds else part(i)
             return jnp.maximum(so_far, jnp.maximum(values, -values))
 
         def everywhere(scalar: Any, size: int = columns, layout: Any = layout) -> Array:
             return plgpu.layout_cast(lax.broadcast_in_dim(scalar, (size,), ()), layout)
 
-        most = jnp.max(lax.fori_loop(0, k // columns, largest, everywhere(jnp.float32(0))))
-        most, limit = (everywhere(v, _THREADS, _ONE_EACH) for v in (most, jnp.float32(E4M3_MAX)))
+        most = everywhere(jnp.float32(0))
+        if holds:
+            for i in range(parts):
+                most = largest(i, most)
+        else:
+            most = lax.fori_loop(0, parts, largest, most)
+        most, limit = (everywhere(v, _THREADS, _ONE_EACH) for v in (jnp.max(most), jnp.float32(E4M3_MAX)))
         scale = jnp.max(jnp.maximum(_with_threads(_DIVIDE, [most, limit], _ONE_EACH), MIN_SCALE))
         scale_gmem[row] = scale
         one, divisor = (everywhere(v, _THREADS, _ONE_EACH) for v in (jnp.float32(1), scale))
         inverse = everywhere(jnp.max(_with_threads(_DIVIDE, [one, divisor], _ONE_EACH)))
         divisor = everywhere(scale)
 
-        @pl.loop(0, k // columns)
-        def _(i: Array) -> None:
-            short = x.dtype.itemsize == 2
+        def store(i: Any) -> None:
             text, operands = (_DIVIDE_BY_INVERSE, [divisor, inverse]) if short else (_DIVIDE, [divisor])
-            quotients = _with_threads(text, [part(i), *operands], layout)
+            values = held[i].astype(jnp.float32) if holds else part(i)
+            quotients = _with_threads(text, [values, *operands], layout)
             x8_gmem[row, pl.ds(i * columns, columns)] = quotients.astype(jnp.float8_e4m3fn)
+
+        if holds:
+            for i in range(parts):
+                store(i)
+        else:
+            pl.loop(0, parts)(store)
 
     x8, scale = plgpu.kernel(
         body,

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from . import tuning_tables
-from .dense_gemm import TuningConfig
+from .dense_gemm import SHARED_MEMORY, TuningConfig
 from .errors import W4A8Error
 from .group_schedule import ALIGNMENT
 
@@ -28,6 +28,7 @@ ENVIRONMENT = "W4A8JAX_TUNED"
 
 # Part of the key of jit's caches: what was compiled under one configuration does not run under another.
 _forced: Any = jax.make_user_context(None)
+_one_kernel: Any = jax.make_user_context(False)
 
 
 def hopper() -> bool:
@@ -95,6 +96,21 @@ def force_config(config: TuningConfig | None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def quantize_in_one_kernel(on: bool = True) -> Iterator[None]:
+    """Within it, activations before kernels are quantized by `quantize_kernel`, not by what XLA makes of it.
+
+    What is computed is the same, but for silu's last bits. Not the default: it was not timed yet.
+    """
+    with _one_kernel(on):
+        yield
+
+
+def quantizes_in_one_kernel() -> bool:
+    """Whether `quantize_in_one_kernel` is on."""
+    return bool(_one_kernel.value)
+
+
 def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
     """A configuration for M tokens and a weight [N, K], N a multiple of 128, that no table knows.
 
@@ -110,7 +126,7 @@ def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
     if m > most == 128:
         return _heuristic_many(m, n, k)
     tokens = next(t for t in sorted({8, 16, 32, 64, most}) if m <= t or t == most)
-    if (small := _heuristic_small(tokens, m, n, k)) is not None and most == 128:
+    if (small := _heuristic_small(tokens, m, n, k, form)) is not None and most == 128:
         return small
     large = n * k > 4e7 if m <= 16 else n >= 12288 or m > 128
     if n % 256 == 0 and large:
@@ -120,13 +136,16 @@ def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
     return _share(config, m, n, k, 1.4e9)[1]
 
 
-def _heuristic_small(tokens: int, m: int, n: int, k: int) -> TuningConfig | None:
+def _heuristic_small(tokens: int, m: int, n: int, k: int, form: str) -> TuningConfig | None:
     """Tiles of 128 rows on two warpgroups, for up to 128 tokens and weights of few tiles; None elsewhere."""
     tiles, ctas = n // 128, TuningConfig.ctas
     # Of 64 tokens, tiles that each have about one block: fewer are better shared by smaller blocks.
     if k % 256 or tiles >= ctas or (tokens == 64 and tiles < 0.65 * ctas):
         return None
-    config = _share(TuningConfig(tokens, 1, 2, {64: 12, 128: 7}.get(tokens, 8)), m, n, k, 1.4e9)[1]
+    # Tables of codes -8..7 leave room for fewer stages.
+    depths = {64: range(12, 7, -1), 128: range(7, 3, -1)}.get(tokens, (8,))
+    fitting = (TuningConfig(tokens, 1, 2, stages) for stages in depths)
+    config = _share(next(c for c in fitting if c.shared_memory(form) <= SHARED_MEMORY), m, n, k, 1.4e9)[1]
     return dataclasses.replace(config, lead=_lead(tiles, ctas)) if config.stream_k and tokens <= 64 else config
 
 

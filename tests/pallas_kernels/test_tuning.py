@@ -310,8 +310,8 @@ def test_candidates_vary_what_the_kernel_has() -> None:
     assert {c.cluster for c in tuning.candidates(8, N, K, FORM)} == {1}
 
 
-@pytest.mark.parametrize("form", [FORM, "bf16"])
-@pytest.mark.parametrize("n", [128, 256, 384, 14336])
+@pytest.mark.parametrize("form", [FORM, "two_tables", "subnormal", "subnormal_8", "bf16"])
+@pytest.mark.parametrize("n", [128, 256, 384, 12288, 14336])
 @pytest.mark.parametrize("m", [1, 9, 17, 64, 65, 128, 1000, 16384])
 def test_the_heuristic_fits(m: int, n: int, form: str) -> None:
     assert tuning_tables.misfit(tuning.heuristic(m, n, 4096, form), n, 4096, form) is None

@@ -137,11 +137,8 @@ class OurOp(OurKernel):
         """The product in a configuration."""
 
         def product(x: Any, w: FragmentWeight) -> Any:
-            if not self.one_kernel:
-                with tuning.force_config(config):
-                    return w4a8_matmul(x, w)
-            x8, token_scale = quantize_tokens(x, -(-m // 8) * 8 if m > 8 else m)
-            return dense_gemm(x8, token_scale, w, config)[:m]
+            with tuning.force_config(config), tuning.quantize_in_one_kernel(self.one_kernel):
+                return w4a8_matmul(x, w)
 
         x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
         return jax.jit(product).lower(x, self._abstract_weight(n, k)).compile()

@@ -29,6 +29,8 @@ from .data import Sample
 
 CHUNK = 2048  # tokens of a pass at once, over all samples of a batch
 
+_OUTPUT = ""  # of a layer, among the names of its modules
+
 Hessians = dict[str, Float[Array, "K K"]]
 
 
@@ -42,33 +44,19 @@ class _Batch:
     width: int
 
 
-class ResidualStream:
-    """The residual stream of all samples before a layer, in a file that vanishes with this object.
+class TokenFile:
+    """A row for each of many tokens, in a file that vanishes with this object.
 
     Args:
-        samples: what to run.
-        embedding: [V, D], rows are looked up.
-        config: of the decoder.
-        dtype: of its activations.
+        tokens: how many rows.
+        width: D, of a row.
+        dtype: of its values.
     """
 
-    def __init__(self, samples: Sequence[Sample], embedding: np.ndarray, config: DecoderConfig, dtype: Any):
-        self.config, self.dtype = config, jnp.dtype(dtype)
-        kept = [_until_last(sample) for sample in samples]
-        kept.sort(key=lambda sample: len(sample.tokens))  # samples of like length run together
-        self.mask = np.concatenate([sample.loss_mask for sample in kept])
-        self.tokens = len(self.mask)
-        self.batches = _batches([len(sample.tokens) for sample in kept], config)
-        self._file = tempfile.TemporaryFile(prefix="w4a8jax-stream-")  # noqa: SIM115
-        self._data = np.memmap(
-            self._file, np.uint8, "w+", shape=(self.tokens, config.hidden_size * self.dtype.itemsize)
-        )
-        row = 0
-        for sample in kept:
-            for begin in range(0, len(sample.tokens), CHUNK):
-                part = sample.tokens[begin : begin + CHUNK]
-                self.write(row, np.asarray(embedding[part]).astype(self.dtype))
-                row += len(part)
+    def __init__(self, tokens: int, width: int, dtype: Any):
+        self.tokens, self.width, self.dtype = tokens, width, jnp.dtype(dtype)
+        self._file = tempfile.TemporaryFile(prefix="w4a8jax-tokens-")  # noqa: SIM115
+        self._data = np.memmap(self._file, np.uint8, "w+", shape=(tokens, width * self.dtype.itemsize))
 
     def __enter__(self) -> Self:
         return self
@@ -88,6 +76,31 @@ class ResidualStream:
         self._data[start : start + len(rows)] = np.ascontiguousarray(rows).view(np.uint8)
 
 
+class ResidualStream(TokenFile):
+    """The residual stream of all samples before a layer, in a file that vanishes with this object.
+
+    Args:
+        samples: what to run.
+        embedding: [V, D], rows are looked up.
+        config: of the decoder.
+        dtype: of its activations.
+    """
+
+    def __init__(self, samples: Sequence[Sample], embedding: np.ndarray, config: DecoderConfig, dtype: Any):
+        self.config = config
+        kept = [_until_last(sample) for sample in samples]
+        kept.sort(key=lambda sample: len(sample.tokens))  # samples of like length run together
+        self.mask = np.concatenate([sample.loss_mask for sample in kept])
+        self.batches = _batches([len(sample.tokens) for sample in kept], config)
+        super().__init__(len(self.mask), config.hidden_size, dtype)
+        row = 0
+        for sample in kept:
+            for begin in range(0, len(sample.tokens), CHUNK):
+                part = sample.tokens[begin : begin + CHUNK]
+                self.write(row, np.asarray(embedding[part]).astype(self.dtype))
+                row += len(part)
+
+
 def hessians(
     block: Block, stream: ResidualStream, taps: Sequence[str], *, fp8: bool, done: Callable[[int], None] | None = None
 ) -> Hessians:
@@ -101,15 +114,35 @@ def hessians(
         done: called with the number of tokens of each pass.
     """
     total = {tap: jnp.zeros(2 * [_input_size(block, tap)], jnp.float32) for tap in taps}
-    for _, _, sums in _passes(block, stream, total, fp8=fp8, output=False, done=done):
+    for _, _, sums in _passes(block, stream, total, fp8=fp8, done=done):
         total = sums
     return total
 
 
+def inputs(
+    block: Block, stream: ResidualStream, taps: Sequence[str]
+) -> Iterator[tuple[Bool[np.ndarray, "T"], dict[str, Float[np.ndarray, "T K"]]]]:
+    """The inputs of some modules of a layer, chunk by chunk, in the stream's order.
+
+    Args:
+        block: the layer.
+        stream: before it.
+        taps: paths of the modules, such as "mlp".
+
+    Yields:
+        Which of the chunk's T tokens count, and each module's inputs.
+    """
+    for rows, values, _ in _passes(block, stream, {}, want=tuple(taps)):
+        host = {tap: np.asarray(value) for tap, value in values.items()}
+        for i, (start, count) in enumerate(rows):
+            if count:
+                yield stream.mask[start : start + count], {tap: value[i, :count] for tap, value in host.items()}
+
+
 def advance(block: Block, stream: ResidualStream, *, done: Callable[[int], None] | None = None) -> None:
     """Takes the stream from before the layer to behind it."""
-    for rows, y, _ in _passes(block, stream, {}, fp8=False, output=True, done=done):
-        values = np.asarray(y)
+    for rows, found, _ in _passes(block, stream, {}, want=(_OUTPUT,), done=done):
+        values = np.asarray(found[_OUTPUT])
         for i, (start, count) in enumerate(rows):
             if count:
                 stream.write(start, values[i, :count])
@@ -145,13 +178,14 @@ def _passes(
     stream: ResidualStream,
     sums: Hessians,
     *,
-    fp8: bool,
-    output: bool,
-    done: Callable[[int], None] | None,
-) -> Iterator[tuple[list[tuple[int, int]], Array | None, Hessians]]:
+    fp8: bool = False,
+    want: tuple[str, ...] = (),
+    done: Callable[[int], None] | None = None,
+) -> Iterator[tuple[list[tuple[int, int]], dict[str, Array], Hessians]]:
     """Runs the layer over the stream, chunk by chunk.
 
-    Yields the chunk's place in the stream, first row and count for each sample; the layer's output [B, T, D]; the sums.
+    Yields the chunk's place in the stream, first row and count for each sample; the inputs [B, T, K] of the modules
+    wanted, or the layer's `_OUTPUT`; the sums.
     """
     config = stream.config
     graph, state = nnx.split(block)
@@ -172,18 +206,15 @@ def _passes(
                 rows.append((start, size))
             starts = np.minimum(begin, batch.lengths).astype(np.int32)
             sizes = np.array([size for _, size in rows], np.int32)
-            y, cache, sums = _step(
-                graph, state, config, x, starts, sizes, counted, cache, sums,
-                fresh=begin == 0, fp8=fp8, output=output,
-            )  # fmt: skip
-            yield rows, y, sums
+            values, cache, sums = _step(
+                graph, state, config, x, starts, sizes, counted, cache, sums, fresh=begin == 0, fp8=fp8, want=want
+            )
+            yield rows, values, sums
             if done is not None:
                 done(int(sizes.sum()))
 
 
-@partial(
-    jax.jit, static_argnames=("graph", "config", "fresh", "fp8", "output"), donate_argnames=("cache", "sums")
-)  # fmt: skip
+@partial(jax.jit, static_argnames=("graph", "config", "fresh", "fp8", "want"), donate_argnames=("cache", "sums"))
 def _step(
     graph: Any,
     state: Any,
@@ -197,28 +228,45 @@ def _step(
     *,
     fresh: bool,
     fp8: bool,
-    output: bool,
-) -> tuple[Float[Array, "B T D"] | None, LayerCache | None, Hessians]:
+    want: tuple[str, ...],
+) -> tuple[dict[str, Array], LayerCache | None, Hessians]:
     block = nnx.merge(graph, state)
     seen: dict[str, Array] = {}
-    for tap in sums:
+    # Inner modules first: what stands in for a module has no modules of its own.
+    for tap in sorted({*sums, *want} - {_OUTPUT}, key=lambda path: -path.count(".")):
         parent, name = _parent(block, tap)
         setattr(parent, name, _Tap(tap, getattr(parent, name), seen))
     # As in Decoder.hidden_states: padding has the position of the last token.
     step = jnp.minimum(jnp.arange(x.shape[1], dtype=jnp.int32), jnp.maximum(lengths, 1)[:, None] - 1)
     table = rope_table(config.rope, config.head_dim, config.max_context, start[:, None] + step)
     y, cache = block(x, table, start, lengths, cache, fresh)
-    return y if output else None, cache, {tap: _add(sums[tap], seen[tap], counted, fp8) for tap in sums}
+    seen[_OUTPUT] = y
+    new = {tap: add_tokens(sums[tap], seen[tap], counted, fp8) for tap in sums}
+    return {name: seen[name] for name in want}, cache, new
 
 
-def _add(total: Float[Array, "K K"], x: Float[Array, "B T K"], counted: Bool[Array, "B T"], fp8: bool) -> Array:
-    wide = x.astype(jnp.float32)
-    if fp8:
-        x8, token_scale = quantize_activations(x)
-        wide = x8.astype(jnp.float32) * token_scale
+def add_tokens(
+    total: Float[Array, "K K"],
+    x: Float[Array, "*batch K"],
+    counted: Bool[Array, "*batch"],
+    fp8: bool,
+    weight: Float[Array, "*batch"] | None = None,
+) -> Float[Array, "K K"]:
+    """A Hessian with some tokens' `weight * x x^T` added; see `hessians`."""
+    wide = kernel_inputs(x, fp8)
+    if weight is not None:
+        wide = wide * jnp.sqrt(weight)[..., None]
     # A selection, not a product: what does not count may be NaN.
     wide = jnp.where(counted[..., None], wide, 0).reshape(-1, x.shape[-1])
     return total + jnp.dot(wide.T, wide, precision=jax.lax.Precision.HIGHEST)
+
+
+def kernel_inputs(x: Float[Array, "*batch K"], fp8: bool) -> Float[Array, "*batch K"]:
+    """fp32 inputs as a kernel multiplies them: those of W4A8 rounded to FP8 by token."""
+    if not fp8:
+        return x.astype(jnp.float32)
+    x8, token_scale = quantize_activations(x)
+    return x8.astype(jnp.float32) * token_scale
 
 
 class _Tap:

@@ -88,6 +88,7 @@ def quantize(
     calibration: CalibrationData | str | Path | None = None,
     act_order: bool = False,
     damping: float = 0.01,
+    unrouted_weight: float = 0.1,
     overwrite: bool = False,
     resume: bool = False,
     allow_unservable: bool = False,
@@ -114,6 +115,8 @@ def quantize(
         calibration: data for "gptq", of `load_calibration`, or a JSONL file to read with its defaults.
         act_order: GPTQ rounds the columns with the largest inputs first.
         damping: of GPTQ's Hessians, relative to their mean.
+        unrouted_weight: what a token counts in GPTQ for experts that it is not sent to, so that each expert is
+            calibrated, however rarely it is picked; 1 for those that it is sent to. 1: all tokens alike.
         overwrite: replace an existing checkpoint `dst`, once the new one is whole.
         resume: go on from where an interrupted run of the same job stopped.
         allow_unservable: write it even if vLLM could not serve it.
@@ -180,10 +183,11 @@ def quantize(
 
         summary["calibration"] = data.describe()
         job |= {"calibration": data.digest(), "act_order": act_order, "damping": damping}
+        job["unrouted_weight"] = unrouted_weight
         modules = [item.module for item in items if item.module is not None]
         gptq = GptqQuantizer(
             reader, modules, data, scheme=scheme, numerics=numerics, code_min=code_min, search=search,
-            act_order=act_order, damping=damping, check=_check_finite,
+            act_order=act_order, damping=damping, unrouted_weight=unrouted_weight, check=_check_finite,
         )  # fmt: skip
         summary["calibration_tokens"] = gptq.tokens
     with CheckpointWriter(

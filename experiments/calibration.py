@@ -1,18 +1,21 @@
-"""What calibration gains on the dense reference model, with the spread over calibration seeds.
+"""What calibration gains on a reference model, with the spread over calibration seeds.
 
-    python experiments/calibration.py
+    python experiments/calibration.py [--model moe]
 
 Two experiments, on the CPU:
 
 recipes: rounding to nearest and GPTQ, each once with the objective of plain INT4 (the stored code * scale is what is
-    brought near the original, as other tools do) and once with the kernel's (e4m3(code * group_scale) * channel_scale).
-    All of them run in the kernel's arithmetic. Calibration: 128 windows of 512 tokens, each from another document of
-    the train split. Evaluated on three texts: the first tokens of the test split; English prose, the licenses in
-    Debian's /usr/share/common-licenses; C, the headers of the Python at hand. SHA-256 of the texts are in the record.
+    brought near the original, as other tools do) and once with the kernel's (e4m3(code * group_scale) * channel_scale);
+    the latter with equalization too. Of the model with experts also GPTQ with every token counting alike for every
+    expert. All of them run in the kernel's arithmetic. Calibration: 128 windows of 512 tokens, each from another
+    document of the train split. Evaluated on three texts: the first tokens of the test split; English prose, the
+    licenses in Debian's /usr/share/common-licenses; C, the headers of the Python at hand. SHA-256 of the texts are in
+    the record.
 masks: GPTQ on agentic traces (agentic_traces.py), with all tokens counting and with the default mask, from the same
-    number of traces; evaluated on the unmasked tokens of unseen traces, whose turns are from the test split.
+    number of traces; evaluated on the unmasked tokens of unseen traces, whose turns are from the test split. Of the
+    dense model only.
 
-Writes experiments/results/calibration.json after every run, and goes on from it with --resume.
+Writes experiments/results/calibration.json, or calibration_moe.json, after every run; goes on from it with --resume.
 """
 
 import argparse
@@ -38,7 +41,7 @@ import w4a8jax
 from w4a8jax.calibration import DEFAULT_MASK, CalibrationData
 from w4a8jax.reference import reference_documents
 
-RESULTS = Path(__file__).with_name("results") / "calibration.json"
+RESULTS = Path(__file__).with_name("results")
 LICENSES = Path("/usr/share/common-licenses")
 WINDOWS, WINDOW = 128, 512
 TRACES, UNSEEN = 16, 12
@@ -48,6 +51,11 @@ RTN = {
     "RTN, kernel-exact": {},
 }
 GPTQ = {"GPTQ, plain INT4 objective": {"numerics": "exact"}, "GPTQ, kernel-exact": {}}
+ALIKE = {"GPTQ, kernel-exact, all tokens alike": {"unrouted_weight": 1.0}}
+EQUALIZED = {
+    "RTN, kernel-exact, equalized": {"equalize": True},
+    "GPTQ, kernel-exact, equalized": {"method": "gptq", "equalize": True},
+}
 MASKS: dict[str, tuple[str, ...]] = {"all tokens": (), "default mask": tuple(DEFAULT_MASK)}
 
 
@@ -118,12 +126,13 @@ def on_traces(model: Any, original: Any, data: CalibrationData) -> dict[str, flo
     return {"tokens": count, **perplexities, "kl": kl, "top1": top1}
 
 
-def main(seeds: int, tokens: int, resume: bool) -> None:
-    source = w4a8jax.reference_model("dense")
+def main(model: str, seeds: int, tokens: int, resume: bool) -> None:
+    source = w4a8jax.reference_model(model)
+    file = RESULTS / ("calibration.json" if model == "dense" else f"calibration_{model}.json")
     original = w4a8jax.load(source)
     evaluated = texts()
     record: dict[str, Any] = {
-        "command": f"python experiments/calibration.py --seeds {seeds} --tokens {tokens}",
+        "command": f"python experiments/calibration.py --model {model} --seeds {seeds} --tokens {tokens}",
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "w4a8jax": w4a8jax.__version__},
         "texts": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in evaluated.items()},
@@ -131,7 +140,10 @@ def main(seeds: int, tokens: int, resume: bool) -> None:
         "masks": [],
     }
     if resume:
-        record |= {part: json.loads(RESULTS.read_text())[part] for part in ("recipes", "masks")}
+        earlier = json.loads(file.read_text())
+        if earlier["texts"] != record["texts"]:
+            raise SystemExit(f"{file}: was made on other texts")
+        record |= {part: earlier[part] for part in ("recipes", "masks")}
     unseen = w4a8jax.load_calibration(source, agentic_traces.traces("test", UNSEEN, 0))
     gptq = partial(quantized, source, method="gptq")
 
@@ -144,23 +156,29 @@ def main(seeds: int, tokens: int, resume: bool) -> None:
             found = {"unseen traces": on_traces(model, original, unseen)}
         record[part].append({"name": name, "seed": seed, **made, "found": found})
         record["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        file.write_text(json.dumps(record, indent=1) + "\n")
         print(part, name, seed, made["seconds"], {k: round(v["kl"], 5) for k, v in found.items()}, flush=True)
 
     for name, recipe in RTN.items():
         run("recipes", name, None, partial(quantized, source, **recipe))
-    run("masks", "RTN, kernel-exact", None, partial(quantized, source))
     for seed in range(seeds):
         data = windows(source, seed)
-        for name, recipe in GPTQ.items():
+        for name, recipe in (GPTQ | (ALIKE if model == "moe" else {})).items():
             run("recipes", name, seed, partial(gptq, calibration=data, **recipe))
-        records = agentic_traces.traces("train", TRACES, seed)
-        for name, mask in MASKS.items():
-            run("masks", name, seed, partial(gptq, calibration=w4a8jax.load_calibration(source, records, mask=mask)))
+        for name, recipe in EQUALIZED.items():
+            run("recipes", name, seed, partial(quantized, source, calibration=data, **recipe))
+    if model == "dense":
+        run("masks", "RTN, kernel-exact", None, partial(quantized, source))
+        for seed in range(seeds):
+            records = agentic_traces.traces("train", TRACES, seed)
+            for name, mask in MASKS.items():
+                data = w4a8jax.load_calibration(source, records, mask=mask)
+                run("masks", name, seed, partial(gptq, calibration=data))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("dense", "moe"), default="dense")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=20000, help="of each text")
     parser.add_argument("--resume", action="store_true")

@@ -68,6 +68,14 @@ class CalibrationData:
         """Tokens that count."""
         return sum(int(sample.loss_mask.sum()) for sample in self.samples)
 
+    def check_context(self, max_context: int) -> None:
+        """Raises W4A8Error if a sample is longer than a model's context."""
+        longest = max(len(sample.tokens) for sample in self.samples)
+        if longest > max_context:
+            raise W4A8Error(
+                f"{self.name}: has a sample of {longest} tokens, but the model's context is {max_context}; cut it"
+            )
+
     def digest(self) -> str:
         """A hash of tokens and masks."""
         digest = hashlib.sha256()

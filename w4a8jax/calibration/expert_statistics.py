@@ -33,10 +33,9 @@ Leaf = Literal["gate_up", "down"]
 def expert_inputs(block: Block, stream: ResidualStream) -> TokenFile:
     """What enters a layer's router and experts, a row for each token that counts."""
     file, row = TokenFile(int(stream.mask.sum()), stream.config.hidden_size, stream.dtype), 0
-    for counted, found in inputs(block, stream, ["mlp"]):
-        rows = found["mlp"][counted]
-        file.write(row, rows)
-        row += len(rows)
+    for found in inputs(block, stream, ["mlp"], stream.mask):
+        file.write(row, found["mlp"])
+        row += len(found["mlp"])
     return file
 
 

@@ -120,23 +120,22 @@ def hessians(
 
 
 def inputs(
-    block: Block, stream: ResidualStream, taps: Sequence[str]
-) -> Iterator[tuple[Bool[np.ndarray, "T"], dict[str, Float[np.ndarray, "T K"]]]]:
-    """The inputs of some modules of a layer, chunk by chunk, in the stream's order.
+    block: Block, stream: ResidualStream, taps: Sequence[str], tokens: Bool[np.ndarray, "T"]
+) -> Iterator[dict[str, Float[np.ndarray, "C K"]]]:
+    """The inputs of some modules of a layer at some tokens, chunk by chunk, in the stream's order.
 
     Args:
         block: the layer.
         stream: before it.
         taps: paths of the modules, such as "mlp".
-
-    Yields:
-        Which of the chunk's T tokens count, and each module's inputs.
+        tokens: which of the stream's; its `mask` for those that count.
     """
     for rows, values, _ in _passes(block, stream, {}, want=tuple(taps)):
         host = {tap: np.asarray(value) for tap, value in values.items()}
         for i, (start, count) in enumerate(rows):
-            if count:
-                yield stream.mask[start : start + count], {tap: value[i, :count] for tap, value in host.items()}
+            at = tokens[start : start + count]
+            if at.any():
+                yield {tap: value[i, :count][at] for tap, value in host.items()}
 
 
 def advance(block: Block, stream: ResidualStream, *, done: Callable[[int], None] | None = None) -> None:

@@ -26,7 +26,7 @@ _SIDECARS = re.compile(
     r"""(tokenizer.*\.(json|model|jinja) | special_tokens_map\.json | added_tokens\.json | vocab\.(json|txt)
     | merges\.txt | .*\.(model|tiktoken) | generation_config\.json | chat_template.*\.(jinja|json)
     | (pre)?processor_config\.json | (image_|video_|feature_)?preprocessor_config\.json
-    | LICENSE.* | NOTICE.* | USE_POLICY.*)$""",
+    | equalization\.json | LICENSE.* | NOTICE.* | USE_POLICY.*)$""",
     re.VERBOSE | re.IGNORECASE,
 )
 _SIDECAR_DIRECTORIES = ("additional_chat_templates",)

@@ -44,7 +44,7 @@ def command(
     calibration: Annotated[
         str | None,
         typer.Option(
-            "--calibration", metavar="FILE", help="For gptq: JSON lines of text, tokens or messages; see calibrate."
+            "--calibration", metavar="FILE", help="For gptq and --equalize: JSON lines of text, tokens or messages."
         ),
     ] = None,
     mask: MaskOption = None,
@@ -53,6 +53,10 @@ def command(
     max_samples: MaxSamplesOption = None,
     act_order: Annotated[
         bool, typer.Option("--act-order", help="gptq: round the columns with the largest inputs first.")
+    ] = False,
+    equalize: Annotated[
+        bool,
+        typer.Option("--equalize", help="Scale channels between layers to lose less on calibration data; free to run."),
     ] = False,
     ignore: Annotated[
         list[str] | None,
@@ -102,6 +106,7 @@ def command(
         method=method,
         calibration=data,
         act_order=act_order,
+        equalize=equalize,
         overwrite=overwrite,
         resume=resume,
         allow_unservable=allow_unservable,

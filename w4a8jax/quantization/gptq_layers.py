@@ -95,12 +95,7 @@ class GptqQuantizer:
             if self._config.experts(layer):
                 for leaf in _LEAVES:
                     self._quantized(layer, f"mlp.experts.{leaf}")
-        longest = max(len(sample.tokens) for sample in data.samples)
-        if longest > self._config.max_context:
-            raise W4A8Error(
-                f"{data.name}: has a sample of {longest} tokens, but the model's context is "
-                f"{self._config.max_context}; cut it"
-            )
+        data.check_context(self._config.max_context)
         embedding = reader.read(f"{self._names['embedding'][0]}.weight")
         self._stream = ResidualStream(data.samples, embedding, self._config, jnp.bfloat16)
         self.tokens = self._stream.tokens

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +29,7 @@ from ..checkpoints.compressed_tensors import (
     packed_specs,
 )
 from ..checkpoints.contents import BUFFERS, check_contents
+from ..checkpoints.folds import FOLDS, FoldedReader, folds_record
 from ..checkpoints.plan import MAX_SHARD_BYTES
 from ..checkpoints.reader import CheckpointReader
 from ..checkpoints.safetensors_format import TensorInfo, TensorSpec, natural_key
@@ -53,13 +54,17 @@ ROUTER = "router"
 _ROUTER_DTYPES = tuple(map(np.dtype, (np.float16, np.float32)))
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Item:
-    """A source tensor and what becomes of it: quantized if `module` is set, else copied, for the `reason` given."""
+    """A source tensor and what becomes of it: quantized if `module` is set, else copied, for the `reason` given.
+
+    `wide`: a copy in float16 becomes float32, since scales may take its values beyond float16's range.
+    """
 
     info: TensorInfo
     module: str | None
     reason: str = ""
+    wide: bool = False
 
     def specs(self) -> tuple[TensorSpec, ...]:
         """The tensors written for it."""
@@ -71,6 +76,8 @@ class Item:
     @property
     def copied_dtype(self) -> np.dtype:
         """Of a tensor that is copied: bf16 for floats, but a router, which is computed in fp32, as it was stored."""
+        if self.wide and self.info.dtype == np.float16:
+            return np.dtype(np.float32)
         kept = self.info.dtype not in _FLOATS or (self.reason == ROUTER and self.info.dtype in _ROUTER_DTYPES)
         return self.info.dtype if kept else BF16
 
@@ -89,6 +96,7 @@ def quantize(
     act_order: bool = False,
     damping: float = 0.01,
     unrouted_weight: float = 0.1,
+    equalize: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     allow_unservable: bool = False,
@@ -112,11 +120,14 @@ def quantize(
         search: effort for the scales.
         method: "rtn" rounds to nearest; "gptq" makes each layer's output on calibration data right, in the kernel's
             arithmetic (see gptq.py).
-        calibration: data for "gptq", of `load_calibration`, or a JSONL file to read with its defaults.
+        calibration: data for "gptq" and `equalize`, of `load_calibration`, or a JSONL file to read with its defaults.
         act_order: GPTQ rounds the columns with the largest inputs first.
         damping: of GPTQ's Hessians, relative to their mean.
-        unrouted_weight: what a token counts in GPTQ for experts that it is not sent to, so that each expert is
-            calibrated, however rarely it is picked; 1 for those that it is sent to. 1: all tokens alike.
+        unrouted_weight: what a token counts for experts that it is not sent to, so that each expert is calibrated,
+            however rarely it is picked; 1 for those that it is sent to. 1: all tokens alike.
+        equalize: before it is quantized, scale channels between layers, which leaves what the model computes as it is,
+            so that those that matter more on calibration data get finer steps, and let "rtn" weigh columns by their
+            inputs (see equalization.py).
         overwrite: replace an existing checkpoint `dst`, once the new one is whole.
         resume: go on from where an interrupted run of the same job stopped.
         allow_unservable: write it even if vLLM could not serve it.
@@ -139,8 +150,10 @@ def quantize(
         raise W4A8Error(f"{dst}: is or contains the source {src}; give another target")
     _refuse_quantized(reader)
     check_contents(reader.config, reader.tensors, str(reader.path))
-    data = _calibration(reader, method, calibration)
+    data = _calibration(reader, method, calibration, equalize)
     items, buffers = select(reader.tensors, ignore)
+    if equalize:
+        items = [dataclasses.replace(item, wide=item.reason == ROUTER) for item in items]
     config = quantized_config(reader.config, items, scheme, ignore)
     planned = {spec.name: spec for item in items for spec in item.specs()}
     if not allow_unservable and (found := problems(config, planned, tensor_parallel=tensor_parallel)):
@@ -148,7 +161,9 @@ def quantize(
         raise W4A8Error(f"vLLM could not serve the result: {found[0]}{more}; --allow-unservable writes it anyway")
 
     skipped = {item.info.name: item.reason for item in items if item.module is None} | buffers
-    seconds = dict.fromkeys(("read", "quantize", "write", "check"), 0.0)
+    seconds = dict.fromkeys(("read", "equalize", "quantize", "write", "check"), 0.0)
+    if not equalize:
+        del seconds["equalize"]
     summary: dict[str, Any] = {
         "source": str(src),
         "target": str(dst),
@@ -164,6 +179,8 @@ def quantize(
         "target_bytes": sum(spec.nbytes for spec in planned.values()),
     }
 
+    extra: dict[str, Any] = {SUMMARY: lambda: summarize().record()}
+
     def summarize(**more: Any) -> QuantizationSummary:
         layers = tuple(LayerSummary.from_note(note) for note in writer.notes)
         return QuantizationSummary(layers=layers, **summary, **more)
@@ -178,13 +195,26 @@ def quantize(
         "max_shard_bytes": max_shard_bytes,
     }
     gptq: GptqQuantizer | None = None
+    importance: Mapping[str, np.ndarray] = {}
+    modules = [item.module for item in items if item.module is not None]
     if data is not None:
+        summary["calibration"] = data.describe()
+        job |= {"calibration": data.digest(), "unrouted_weight": unrouted_weight, "equalize": equalize}
+    if data is not None and equalize:
+        from .equalization import find_folds
+
+        with _timed(seconds, "equalize"):
+            equalization = find_folds(
+                reader, modules, data, scheme=scheme, numerics=numerics, code_min=code_min, search=search,
+                unrouted_weight=unrouted_weight, check=_check_finite,
+            )  # fmt: skip
+        summary["equalization"] = equalization.describe()
+        extra[FOLDS] = folds_record(equalization.folds)
+        reader, importance = FoldedReader(reader, equalization.folds), equalization.importance
+    if data is not None and method == "gptq":
         from .gptq_layers import GptqQuantizer
 
-        summary["calibration"] = data.describe()
-        job |= {"calibration": data.digest(), "act_order": act_order, "damping": damping}
-        job["unrouted_weight"] = unrouted_weight
-        modules = [item.module for item in items if item.module is not None]
+        job |= {"act_order": act_order, "damping": damping}
         gptq = GptqQuantizer(
             reader, modules, data, scheme=scheme, numerics=numerics, code_min=code_min, search=search,
             act_order=act_order, damping=damping, unrouted_weight=unrouted_weight, check=_check_finite,
@@ -196,7 +226,7 @@ def quantize(
         config=config,
         job=job,
         sidecars={str(name): reader.path / name for name in reader.sidecars()},
-        extra={SUMMARY: lambda: summarize().record()},
+        extra=extra,
         overwrite=overwrite,
         resume=resume,
         max_shard_bytes=max_shard_bytes,
@@ -210,7 +240,10 @@ def quantize(
                 elif gptq is not None:
                     _quantize_gptq(gptq, writer, item, seconds)
                 else:
-                    _quantize(reader, writer, item, seconds, numerics=numerics, code_min=code_min, search=search)
+                    _quantize(
+                        reader, writer, item, seconds, numerics=numerics, code_min=code_min, search=search,
+                        importance=importance.get(item.module),
+                    )  # fmt: skip
                 bar.done(item)
             with _timed(seconds, "check"):
                 writer.finish(bar.checked)
@@ -364,16 +397,17 @@ def _check_options(scheme: str, numerics: str, code_min: int, search: str) -> No
 
 
 def _calibration(
-    reader: CheckpointReader, method: str, calibration: CalibrationData | str | Path | None
+    reader: CheckpointReader, method: str, calibration: CalibrationData | str | Path | None, equalize: bool
 ) -> CalibrationData | None:
     if method not in ("rtn", "gptq"):
         raise W4A8Error(f"method: must be rtn or gptq, found {method!r}")
-    if method == "rtn":
+    if method == "rtn" and not equalize:
         if calibration is not None:
-            raise W4A8Error("calibration: rounding to nearest uses none; choose method gptq")
+            raise W4A8Error("calibration: rounding to nearest uses none; choose method gptq, or equalize")
         return None
     if calibration is None:
-        raise W4A8Error("calibration: gptq needs data: a JSONL file of text, tokens or messages")
+        what = "gptq" if method == "gptq" else "equalize"
+        raise W4A8Error(f"calibration: {what} needs data: a JSONL file of text, tokens or messages")
     if isinstance(calibration, str | Path):
         from ..calibration.load import load_calibration
 

@@ -61,8 +61,10 @@ class QuantizationSummary:
         skipped: tensors that were not quantized, and why.
         warnings: what the user should know.
         parameters: of the whole model; source_bytes, target_bytes: its tensors on disk.
-        seconds: wall time, "total" and by phase: "read", "quantize", "write", "check", and of GPTQ "calibrate".
+        seconds: wall time, "total" and by phase: "read", "quantize", "write", "check"; "calibrate" of
+            GPTQ; "equalize".
         method: "rtn" or "gptq"; calibration: a line on the data that it used; calibration_tokens: how many were run.
+        equalization: a line on what it did; "" without.
         resumed_shards: shards that an interrupted run had left; their layers' time is not in `seconds`.
     """
 
@@ -83,6 +85,7 @@ class QuantizationSummary:
     method: str = "rtn"
     calibration: str = ""
     calibration_tokens: int = 0
+    equalization: str = ""
 
     @property
     def quantized_parameters(self) -> int:
@@ -146,6 +149,8 @@ class QuantizationSummary:
                 f"{max(x.relative_error for x in layers):.4f}",
             )
         console.print(table)
+        if self.equalization:
+            console.print(f"equalization: {self.equalization}", markup=False, highlight=False)
         if self.output_errors:
             error, nearest = self.output_errors
             pace = ""

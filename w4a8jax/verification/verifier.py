@@ -9,6 +9,7 @@ from pallas_kernels.errors import W4A8Error
 from pallas_kernels.weight_format import Numerics
 
 from ..checkpoints.compressed_tensors import find, quantized_modules
+from ..checkpoints.folds import FoldedReader, read_folds
 from ..checkpoints.reader import CheckpointReader
 from . import checks, parity
 from .report import Check, Verification
@@ -63,6 +64,8 @@ def verify(
     original = None if against is None else CheckpointReader(against)
     if original is not None and find(original.config) is not None:
         raise W4A8Error(f"{original.path}: is quantized itself; compare against the unquantized original")
+    if original is not None and (folds := read_folds(reader.path)):
+        original = FoldedReader(original, folds)
 
     def step(name: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(name, done, total)

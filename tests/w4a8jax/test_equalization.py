@@ -199,16 +199,24 @@ def outliers(tmp_path_factory):
     return path, w4a8jax.load_calibration(path, _records())
 
 
-def test_outliers_are_found(outliers, tmp_path):
+def test_outliers_are_found(outliers, tmp_path, monkeypatch):
     """Errors of outputs fall where channels differ; the checkpoint verifies against its original."""
     source, data = outliers
     options = {"calibration": data, "equalize": True, "search": "fast", "progress": False}
+    seen = []
+    monkeypatch.setattr(equalization, "find_folds", lambda *a, **o: seen.append(find_folds(*a, **o)) or seen[0])
     summary = w4a8jax.quantize(source, tmp_path / "out", **options)
     error = [float(part) for part in re.findall(r"0\.\d{4}", summary.equalization)]
     assert error[1] < 0.9 * error[0]
     folds = read_folds(tmp_path / "out")
     routers = [name for fold in folds for name in fold.columns if name.endswith("gate.weight")]
     assert routers
+    reader, made = FoldedReader(CheckpointReader(source), folds), CheckpointReader(tmp_path / "out")
+    for module in ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.experts.2.down_proj"):
+        expected = quantize_weight(
+            reader.read(f"{module}.weight"), search="fast", importance=seen[0].importance[module]
+        )
+        np.testing.assert_array_equal(made.read(f"{module}.weight_packed"), expected.packed)
     for fold in folds:
         if set(routers) & set(fold.columns):
             assert not (fold.steps % 8).any()
@@ -231,7 +239,7 @@ def test_composes_with_gptq(tmp_path):
     assert result.exit_code == 0, result.output
     assert "equalization: " in result.stdout
     record = json.loads((tmp_path / "out" / "quantization_summary.json").read_text())
-    assert "4 folds scale" in record["equalization"].replace("of ", "")[2:]
+    assert re.match(r"[1-4] of 4 folds scale", record["equalization"])
     assert all(layer["output_error"] <= layer["rtn_output_error"] for layer in record["layers"])
     report = w4a8jax.verify(tmp_path / "out", source, max_tokens=0)
     assert {c.status for c in report.checks if c.name in ("quantized weights", "other weights")} == {"ok"}
@@ -243,6 +251,11 @@ def test_refusals(tmp_path):
         w4a8jax.quantize(source, tmp_path / "out", equalize=True, progress=False)
     with pytest.raises(W4A8Error, match="uses none; choose method gptq, or equalize"):
         w4a8jax.quantize(source, tmp_path / "out", calibration="x.jsonl", progress=False)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "config.json").touch()
+    data = CalibrationData((Sample(np.zeros(9, np.int32), np.ones(9, bool), 1),))
+    with pytest.raises(W4A8Error, match="there: exists; give another name"):
+        w4a8jax.quantize(source, tmp_path / "there", equalize=True, calibration=data, progress=False)
     reader, name = CheckpointReader(source), "model.layers.0.mlp.up_proj.weight"
     with pytest.raises(W4A8Error, match=r"up_proj.weight: is \[512, 256\], but a fold scales 128 channels"):
         FoldedReader(reader, [Fold(np.zeros(128, np.int8), (name,), ())])

@@ -94,12 +94,7 @@ class Workspace:
             raise W4A8Error(f"{self.target}: its parent directory does not exist")
 
     def _check_target(self) -> None:
-        if not os.path.lexists(self.target) or (self.target.is_dir() and not any(self.target.iterdir())):
-            return
-        if not self._overwrite:
-            raise W4A8Error(f"{self.target}: exists; give another name, or --overwrite to replace it")
-        if self.target.is_symlink() or not (self.target / CONFIG).is_file():
-            raise W4A8Error(f"{self.target}: exists and is no checkpoint (no {CONFIG}); remove it yourself")
+        check_target(self.target, overwrite=self._overwrite)
 
     def _acquire(self) -> None:
         path = self.root / "lock"
@@ -173,3 +168,17 @@ class Workspace:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Checks that a checkpoint may be made in a directory.
+
+    Raises:
+        W4A8Error: it exists, and `overwrite` does not say to replace it, or it is no checkpoint.
+    """
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise W4A8Error(f"{target}: exists; give another name, or --overwrite to replace it")
+    if target.is_symlink() or not (target / CONFIG).is_file():
+        raise W4A8Error(f"{target}: exists and is no checkpoint (no {CONFIG}); remove it yourself")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from ..checkpoints.plan import MAX_SHARD_BYTES
 from ..checkpoints.reader import CheckpointReader
 from ..checkpoints.safetensors_format import TensorInfo, TensorSpec, natural_key
 from ..checkpoints.servable import problems
+from ..checkpoints.workspace import check_target
 from ..checkpoints.writer import CheckpointWriter
 from .progress import QuantizationProgress
 from .summary import OUTPUT_ERRORS, LayerSummary, QuantizationSummary
@@ -203,13 +205,14 @@ def quantize(
     if data is not None and equalize:
         from .equalization import find_folds
 
+        check_target(Path(os.path.abspath(target)), overwrite=overwrite)  # before what takes long
         with _timed(seconds, "equalize"):
             equalization = find_folds(
                 reader, modules, data, scheme=scheme, numerics=numerics, code_min=code_min, search=search,
                 unrouted_weight=unrouted_weight, check=_check_finite,
             )  # fmt: skip
         summary["equalization"] = equalization.describe()
-        extra[FOLDS] = folds_record(equalization.folds)
+        extra[FOLDS] = job["folds"] = folds_record(equalization.folds)
         reader, importance = FoldedReader(reader, equalization.folds), equalization.importance
     if data is not None and method == "gptq":
         from .gptq_layers import GptqQuantizer

@@ -103,7 +103,8 @@ def find_folds(
     members = family(reader.config)
     config = members.decoder_config(reader.config)
     data.check_context(config.max_context)
-    search_fold = _Search(reader, frozenset(modules), scheme, numerics, code_min, search, check)
+    quantized = frozenset(modules)
+    search_fold = _Search(reader, quantized, scheme, numerics, code_min, search, check)
     embedding = reader.read(f"{members.names['embedding'][0]}.weight")
     found: list[tuple[Fold, float, float]] = []
     importance: dict[str, np.ndarray] = {}
@@ -117,14 +118,15 @@ def find_folds(
             taps = {group.tap for _, groups in folds for group in groups}
             sample = _Sample(block, stream, chosen, taps, unrouted_weight)
             for fold, groups in folds:
-                if any(name in modules for group in groups for name in group.modules):
+                if any(name in quantized for group in groups for name in group.modules):
                     found.append(search_fold(fold, groups, sample))
                     scales = found[-1][0].factors(reader)[1]
                     for group in groups:
                         importance |= _importance(group, sample, scales)
             if layer + 1 < config.num_layers:
                 advance(block, stream)
-    error, plain_error = (float(np.sqrt(np.mean(e))) for e in ([f[1] for f in found], [f[2] for f in found]))
+    squares = np.array([f[1:] for f in found] or [(0, 0)])
+    error, plain_error = np.sqrt(squares.mean(axis=0)).tolist()
     changed = tuple(fold for fold, _, _ in found if fold.steps.any())
     return Equalization(changed, len(found), error, plain_error, int(chosen.sum()), importance)
 
@@ -165,7 +167,7 @@ class _Sample:
 
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    """Finds the exponents of a fold."""
+    """Finds the scales of a fold."""
 
     reader: CheckpointReader
     quantized: frozenset[str]

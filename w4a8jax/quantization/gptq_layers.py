@@ -57,7 +57,7 @@ class GptqQuantizer:
 
     Raises:
         W4A8Error: the model's family is unknown; a part of a fused module, or of a layer's experts, would be quantized;
-            a sample is longer than the model's context; `unrouted_weight` is out of range.
+            a sample is longer than the model's context.
     """
 
     def __init__(
@@ -87,8 +87,6 @@ class GptqQuantizer:
         )
         self._ready: dict[str, GptqResult] = {}
         self._next, self.seconds = 0, 0.0
-        if not 0 < unrouted_weight <= 1:
-            raise W4A8Error(f"unrouted_weight: expected a number above 0, at most 1, found {unrouted_weight}")
         for layer in range(self._config.num_layers):
             for path in [path for stage in self._stages(layer) for path in stage]:
                 self._quantized(layer, path)

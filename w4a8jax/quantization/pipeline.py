@@ -144,7 +144,7 @@ def quantize(
         KeyboardInterrupt: finished shards are kept for `resume`.
     """
     start = time.perf_counter()
-    _check_options(scheme, numerics, code_min, search)
+    _check_options(scheme, numerics, code_min, search, unrouted_weight)
     numerics = "exact" if scheme == "w4a16" else numerics
     reader = CheckpointReader(src)
     target = Path(dst).expanduser()
@@ -213,7 +213,9 @@ def quantize(
             )  # fmt: skip
         summary["equalization"] = equalization.describe()
         extra[FOLDS] = job["folds"] = folds_record(equalization.folds)
-        reader, importance = FoldedReader(reader, equalization.folds), equalization.importance
+        reader = FoldedReader(reader, equalization.folds)
+        importance = equalization.importance if method == "rtn" else {}
+        del equalization
     if data is not None and method == "gptq":
         from .gptq_layers import GptqQuantizer
 
@@ -388,7 +390,7 @@ def _check_finite(name: str, array: np.ndarray) -> None:
             )
 
 
-def _check_options(scheme: str, numerics: str, code_min: int, search: str) -> None:
+def _check_options(scheme: str, numerics: str, code_min: int, search: str, unrouted_weight: float) -> None:
     for name, value, allowed in (
         ("scheme", scheme, ("w4a8", "w4a16")),
         ("numerics", numerics, ("lut", "exact")),
@@ -397,6 +399,8 @@ def _check_options(scheme: str, numerics: str, code_min: int, search: str) -> No
     ):
         if value not in allowed:
             raise W4A8Error(f"{name}: must be {' or '.join(map(str, allowed))}, found {value!r}")
+    if not 0 < unrouted_weight <= 1:
+        raise W4A8Error(f"unrouted_weight: expected a number above 0, at most 1, found {unrouted_weight}")
 
 
 def _calibration(

@@ -14,6 +14,7 @@ help:
 include tests/oracle/oracle.mk
 include tests/sass/sass.mk
 include tests/vllm/vllm.mk
+include experiments/llm_compressor/llm_compressor.mk
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -35,4 +36,4 @@ lint: $(READY)
 test-oracle test-vllm: $(READY)
 
 clean:
-	rm -rf .venv .venv-oracle .venv-sass .venv-vllm demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oracle .venv-sass .venv-vllm .venv-llmcompressor demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes the environment of the oracle tests: build_environment.sh FOLDER TORCH_REQUIREMENT [PYTHON]
+# Makes an environment with torch for CPU: build_environment.sh FOLDER TORCH_REQUIREMENT [PYTHON] [REQUIREMENTS]
+# REQUIREMENTS are those of the oracle tests by default.
 set -euo pipefail
-folder=$1 torch=$2 python=${3:-}
+folder=$1 torch=$2 python=${3:-} requirements=${4:-$(dirname "$0")/requirements.txt}
 
 works() { "$1" -c 'import ensurepip, venv' >/dev/null 2>&1; }
 
@@ -22,11 +23,11 @@ if [ -z "$python" ]; then
     exit 1
 fi
 
-echo "oracle: making $folder with $python (1.2 GB)"
+echo "making $folder with $python (over 1 GB)"
 rm -rf "$folder"
 "$python" -m venv "$folder"
 pip=("$folder/bin/python" -m pip --disable-pip-version-check -qq install)
 # Torch first: if its CPU build cannot be had, nothing else is fetched.
 "${pip[@]}" "$torch"
-"${pip[@]}" "$torch" -r "$(dirname "$0")/requirements.txt"
+"${pip[@]}" "$torch" -r "$requirements"
 touch "$folder/.ready"

@@ -1,0 +1,141 @@
+"""w4a8jax's GPTQ beside llm-compressor's (W4AFP8): time and quality, on the same model, calibration ids and machine.
+
+    make llm-compressor-env
+    python experiments/llm_compressor/compare.py
+
+Each quantization runs in a process of its own, each tool in its environment, in turns, pinned to `--cores` cores with
+as many threads. With several cores and other work on the machine, threads wait for one another, and wall time says
+little: one core is the default, and CPU time (user and system, all threads) stands beside wall time. Whole processes
+are measured, interpreter, imports, compilation and all, and of them the quantization: from the model and tokens in
+memory (llm-compressor) or the path of the checkpoint (w4a8jax, which reads and writes it as it goes).
+
+Run r of `--runs` calibrates on the windows of seed r of ../calibration.py, 128 of 512 tokens. Both checkpoints are
+evaluated by w4a8jax in the arithmetic of vLLM's kernel, on the texts of ../calibration.py; llm-compressor's scales are
+converted as vLLM converts them when it loads them.
+
+With `--synthetic` the model is a larger cohere2 of random weights (hidden 1024, 4 layers, MLP 4096), and only time is
+measured. Writes experiments/results/llm_compressor.json, or llm_compressor_synthetic.json.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import w4a8jax
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import calibration  # noqa: E402
+from synthetic import synthetic_model  # noqa: E402
+
+RESULTS = HERE.parent / "results"
+PYTHON = {"theirs": HERE.parents[1] / ".venv-llmcompressor/bin/python", "ours": Path(sys.executable)}
+OURS = "w4a8jax"
+# llm-compressor's defaults are act order "static", damping 0.01, scales from the largest weight.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llm-compressor": ("theirs", {}),
+    "llm-compressor, MSE observer": ("theirs", {"weight_observer": "memoryless_mse"}),
+    "llm-compressor, importance observer": ("theirs", {"weight_observer": "imatrix_mse"}),
+    "llm-compressor, no act order": ("theirs", {"actorder": None}),
+    OURS: ("ours", {}),
+}
+
+
+def child(side: str, job: dict[str, Any], cores: int, folder: Path) -> dict[str, Any]:
+    """Runs one quantization; what it printed, and the whole process's wall and CPU time and peak memory."""
+    path = folder / "job.json"
+    path.write_text(json.dumps(job))
+    allowed = sorted(os.sched_getaffinity(0))[:cores]
+    environment = os.environ | {"OMP_NUM_THREADS": str(cores), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    load, began = os.getloadavg()[0], time.perf_counter()
+    with (folder / "log").open("w") as log:
+        command = ["taskset", "-c", ",".join(map(str, allowed)), PYTHON[side], HERE / f"{side}.py", path]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    lines = (folder / "log").read_text().splitlines()
+    if process.returncode:
+        raise SystemExit("\n".join([*lines[-40:], f"{side}.py failed: {job}"]))
+    whole = {"wall": time.perf_counter() - began, "cpu": used.ru_utime + used.ru_stime}
+    found = json.loads(lines[-1])
+    return {**found, "whole": whole, "peak_bytes": 1024 * used.ru_maxrss, "load_before": load}
+
+
+def evaluate(target: Path, source: Path, original: Any, texts: dict[str, str], tokens: int) -> dict[str, Any]:
+    """Quality of a checkpoint; llm-compressor's gets the tokenizer of the original."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if not (target / name).exists():
+            shutil.copy(source / name, target)
+    return calibration.on_texts(w4a8jax.load(target, kernels=False), original, texts, tokens)
+
+
+def machine(cores: int) -> dict[str, Any]:
+    """What the times depend on."""
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(), "cores_used": cores}
+
+
+def main(runs: int, cores: int, tokens: int, synthetic: bool, only: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = synthetic_model(folder / "synthetic") if synthetic else w4a8jax.reference_model("dense")
+        result = RESULTS / ("llm_compressor_synthetic.json" if synthetic else "llm_compressor.json")
+        texts = {} if synthetic else calibration.texts()
+        original = None if synthetic else w4a8jax.load(source)
+        record: dict[str, Any] = {
+            "command": " ".join(["python experiments/llm_compressor/compare.py", *sys.argv[1:]]),
+            "machine": machine(cores),
+            "versions": {"python": platform.python_version()},
+            "model": "synthetic" if synthetic else "dense reference model",
+            "runs": [],
+        }
+        for seed in range(runs):
+            data = calibration.windows(w4a8jax.reference_model("dense"), seed)
+            (folder / "tokens.json").write_text(json.dumps([sample.tokens.tolist() for sample in data.samples]))
+            for variant, (side, options) in VARIANTS.items():
+                if only and variant not in only:
+                    continue
+                target = folder / "quantized"
+                job = {
+                    "source": str(source), "target": str(target), "tokens": str(folder / "tokens.json"),
+                    "threads": cores, "options": options, "again": False,
+                }  # fmt: skip
+                row = {"name": variant, "seed": seed, **child(side, job, cores, folder)}
+                record["versions"] |= row.pop("versions")
+                if original is not None:
+                    row["quality"] = evaluate(target, source, original, texts, tokens)
+                record["runs"].append(row)
+                if side == "ours":
+                    # By itself, since it must not count for the whole process's time.
+                    again = child(side, job | {"again": True, "target": f"{target}-2"}, cores, folder)
+                    record["runs"].append({"name": f"{OURS}, compiled", "seed": seed, "phases": again["phases"]})
+                for made in folder.glob("quantized*"):
+                    shutil.rmtree(made)
+                record["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+                result.write_text(json.dumps(record, indent=1) + "\n")
+                print(variant, seed, row["whole"], row["phases"]["quantize"], row["load_before"], flush=True)
+                print(" ", {text: round(found["kl"], 5) for text, found in row.get("quality", {}).items()}, flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=20000, help="of each text that is evaluated")
+    parser.add_argument("--synthetic", action="store_true")
+    parser.add_argument("--only", action="append", default=[], help="a variant's name; all by default")
+    jax.config.update("jax_platforms", "cpu")
+    main(**vars(parser.parse_args()))

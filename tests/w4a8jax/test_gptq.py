@@ -182,7 +182,8 @@ def test_dead_inputs_and_few_tokens():
 def test_damping_is_raised_until_it_works(monkeypatch):
     _, _, h = _layer()
     plain, real = factorize(h), gptq._upper
-    monkeypatch.setattr(gptq, "_upper", lambda h, d: real(h, d) if d > 0.5 else jnp.full_like(h, jnp.nan))
+    nothing = jnp.full_like(h, jnp.nan), False
+    monkeypatch.setattr(gptq, "_upper", lambda h, order, d: real(h, order, d) if d > 0.5 else nothing)
     assert factorize(h).damping == pytest.approx(100 * plain.damping)
 
 

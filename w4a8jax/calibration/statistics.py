@@ -28,6 +28,7 @@ from pallas_kernels import quantize_activations
 from .data import Sample
 
 CHUNK = 2048  # tokens of a pass at once, over all samples of a batch
+_GRAM_ROWS = 256  # smaller products are not faster
 
 _OUTPUT = ""  # of a layer, among the names of its modules
 
@@ -257,7 +258,18 @@ def add_tokens(
         wide = wide * jnp.sqrt(weight)[..., None]
     # A selection, not a product: what does not count may be NaN.
     wide = jnp.where(counted[..., None], wide, 0).reshape(-1, x.shape[-1])
-    return total + jnp.dot(wide.T, wide, precision=jax.lax.Precision.HIGHEST)
+    return total + _gram(wide)
+
+
+def _gram(x: Float[Array, "T K"]) -> Float[Array, "K K"]:
+    """x^T x, exactly symmetric: what is below the diagonal is copied, which spares up to 7/16 of the products."""
+    k = x.shape[1]
+    size = max(_GRAM_ROWS, -(-k // 8 // 128) * 128)
+    first = range(0, k, size)
+    rows = [jnp.dot(x[:, i : i + size].T, x[:, i:], precision=jax.lax.Precision.HIGHEST) for i in first]
+    upper = jnp.concatenate([jnp.pad(row, ((0, 0), (i, 0))) for i, row in zip(first, rows, strict=True)])
+    block = np.arange(k) // size
+    return jnp.where(block[:, None] <= block, upper, upper.T)
 
 
 def kernel_inputs(x: Float[Array, "*batch K"], fp8: bool) -> Float[Array, "*batch K"]:

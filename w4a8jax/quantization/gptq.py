@@ -31,7 +31,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import GROUP_SIZE, W4A8Error, W4Weight, convert_scales, pack_codes
 from pallas_kernels.dequantize import lut_magnitudes
@@ -46,7 +46,7 @@ _GRID_STEPS = {"full": (-5, -4, -3, -2, -1, 0), "fast": (-4, -3, -2), "none": ()
 _EXACT_FACTORS = {"full": tuple(np.linspace(0.6, 1.0, 7)), "fast": (0.7, 0.8, 0.9), "none": ()}
 
 _ROWS = 1024  # of a block
-_MIN_ROWS = 256  # fewer would not be faster, but compile anew
+_FEW_ROWS = 256  # of a block of a weight of at most _ROWS rows: those of a small model then compile once for each K
 _SUB = 16  # columns that are corrected one by one, before the group's others are by a matrix product
 _RETRIES = 4  # each with ten times the damping
 
@@ -70,7 +70,7 @@ class Factor:
     @property
     def importance(self) -> Float[Array, "K"]:
         """fp32 [K], the damped diagonal."""
-        return jnp.diagonal(self.hessian) + self.damping
+        return _diagonal(self.hessian, self.damping)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,32 +107,46 @@ def factorize(hessian: Any, *, damping: float = 0.01, act_order: bool = False, n
         raise W4A8Error(f"{name}: Hessian: expected [K, K], found {list(h.shape)}")
     if not (np.isfinite(damping) and damping > 0):
         raise W4A8Error(f"damping: expected a positive number, found {damping}")
-    mean = float(jnp.mean(jnp.diagonal(h)))
-    if not np.isfinite(mean) or not bool(jnp.all(jnp.isfinite(h))):
+    h, mean, finite = _normalize(h)
+    if not finite:
         raise W4A8Error(f"{name}: the Hessian has NaN or Inf: the layer's inputs are not finite")
     if mean <= 0:
         raise W4A8Error(f"{name}: the Hessian is zero: no calibration token reached the layer")
-    h = h / mean
-    order = np.argsort(-np.asarray(jnp.diagonal(h)), kind="stable") if act_order else None
-    permuted = h if order is None else h[order][:, order]
+    order = np.argsort(-np.asarray(_diagonal(h, 0.0)), kind="stable") if act_order else None
     for attempt in range(_RETRIES):
         tried = damping * 10**attempt
-        upper = _upper(permuted, tried)
-        if bool(jnp.all(jnp.isfinite(upper))):
+        upper, finite = _upper(h, order, tried)
+        if finite:
             return Factor(h, upper, order, tried)
     raise W4A8Error(f"{name}: the Hessian is not positive definite, even with {tried:g} of its mean on the diagonal")
 
 
 @jax.jit
-def _upper(h: Float[Array, "K K"], damping: float) -> Float[Array, "K K"]:
-    """U with (h + damping I)^-1 = U^T U.
+def _normalize(h: Float[Array, "K K"]) -> tuple[Float[Array, "K K"], Float[Array, ""], Bool[Array, ""]]:
+    """In units of the diagonal's mean; the mean; whether all is finite."""
+    mean = jnp.mean(jnp.diagonal(h))
+    return h / mean, mean, jnp.isfinite(mean) & jnp.all(jnp.isfinite(h))
+
+
+@jax.jit
+def _diagonal(h: Float[Array, "K K"], damping: float) -> Float[Array, "K"]:
+    return jnp.diagonal(h) + damping
+
+
+@jax.jit
+def _upper(
+    h: Float[Array, "K K"], order: Int[Array, "K"] | None, damping: float
+) -> tuple[Float[Array, "K K"], Bool[Array, ""]]:
+    """U with (h + damping I)^-1 = U^T U, rows and columns of h in `order`; whether it is finite.
 
     Without the inverse: with rows and columns reversed, h = L L^T; so h = R R^T with R = L reversed, upper triangular,
     and U = R^-1.
     """
+    h = h if order is None else h[order][:, order]
     eye = jnp.eye(h.shape[0], dtype=jnp.float32)
     lower = jnp.linalg.cholesky((h + damping * eye)[::-1, ::-1], symmetrize_input=False)
-    return jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)[::-1, ::-1]
+    upper = jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)[::-1, ::-1]
+    return upper, jnp.all(jnp.isfinite(upper))
 
 
 def gptq_quantize_weight(
@@ -166,7 +180,7 @@ def gptq_quantize_weight(
     start = rtn.quantize_weight(w, numerics=numerics, code_min=code_min, importance=_importance(w, factor), name=name)
     n = w.shape[0]
     packed, scale = np.empty_like(start.packed), np.empty_like(start.scale)
-    rows = min(_ROWS, max(_MIN_ROWS, 1 << (n - 1).bit_length()))
+    rows = _ROWS if n > _ROWS else _FEW_ROWS
     sums = np.zeros(5)
     for begin in range(0, n, rows):
         part = slice(begin, min(begin + rows, n))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 EXPERT_MEMORY = 2 * 2**30  # bytes of experts' Hessians at once
 UNROUTED_WEIGHT = 0.1
 _LEAVES: tuple[Leaf, ...] = ("gate_up", "down")
+_kernel_weight = jax.jit(W4Weight.from_checkpoint, static_argnames=("numerics", "code_min"))
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -214,7 +215,7 @@ class GptqQuantizer:
         packed, scale = (np.concatenate([getattr(t, part) for t in tensors]) for part in ("packed", "scale"))
         if stack is not None:
             packed, scale = (part.reshape(stack, -1, part.shape[-1]) for part in (packed, scale))
-        return W4Weight.from_checkpoint(jnp.asarray(packed), jnp.asarray(scale), **self._options)
+        return _kernel_weight(packed, scale, **self._options)
 
     def _solve(self, module: str, factor: Factor | str) -> GptqResult:
         if isinstance(factor, str):

@@ -40,6 +40,7 @@ _GRID_STEPS = {"full": np.arange(-5, 0), "fast": np.arange(-4, 0)}
 _EXACT_FACTORS = {"full": np.append(np.linspace(0.5, 1.0, 30), [0.875, 1.03]), "fast": np.linspace(0.6, 1.0, 8)}
 
 _BLOCK_WEIGHTS = 2**20  # a block's candidates then stay in a CPU core's caches
+_BLOCK_ROWS = 256  # at most: weights of a small model, padded to them, compile once for each K
 _UNROLL = 8
 _SUBNORMAL_GRID_INDEX = 8
 _TOP_GRID_INDEX = 0x66  # the e4m3 byte of 448 / 8, the g of a row's largest scale
@@ -164,7 +165,7 @@ def _raise_not_finite(w: Any, row: int, name: str) -> None:
 def _blocks(w: Any) -> Iterator[tuple[slice, np.ndarray | Array]]:
     """Blocks of rows, padded with zero rows to one size, a power of two, so that each K compiles once or so."""
     n, k = w.shape
-    size = min(1 << max(0, (_BLOCK_WEIGHTS // k).bit_length() - 1), 1 << (n - 1).bit_length())
+    size = min(1 << max(0, (_BLOCK_WEIGHTS // k).bit_length() - 1), _BLOCK_ROWS)
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
         block = w[rows] if isinstance(w, jax.Array) else np.asarray(w[rows])
@@ -251,7 +252,10 @@ class _Scorer:
         self.negative = jnp.maximum(-by_column, 0) if code_min == -8 else None
         self.importance = None
         if importance is not None:
-            self.importance = importance.reshape(-1, GROUP_SIZE).T.reshape(-1, _UNROLL, groups.shape[1])
+            # Once for each row: a product that is broadcast within the loop would not be a vector operation.
+            by_column = importance.reshape(-1, GROUP_SIZE).T[:, None]
+            by_column = jax.lax.optimization_barrier(jnp.broadcast_to(by_column, (GROUP_SIZE, *groups.shape[:2])))
+            self.importance = by_column.reshape(-1, _UNROLL, *groups.shape[:2])
 
     def __call__(self, levels: Float[Array, "C R G 9"]) -> Float[Array, "C R G"]:
         """sum min_q (|w| - level_q)^2 - sum w^2, which is sum min_q (level_q^2 - 2 |w| level_q), q = 0 giving 0."""

@@ -12,6 +12,8 @@ from .activations import quantize_activations
 from .rounding import round_to
 from .weight_format import W4Weight
 
+_IN_BF16 = {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)}
+
 
 def matmul(x: Float[Array, "... K"], w: W4Weight) -> Float[Array, "... N"]:
     """fp32 `channel_scale * (token_scale * sum_k w8 * x8)`, [..., N]."""
@@ -108,7 +110,9 @@ def _row_scale(w: W4Weight, group_sizes: Int[Array, "E"], rows: int) -> Float[Ar
 def _dot(x: Float[Array, "... K"], w: Float[Array, "N K"]) -> Float[Array, "... N"]:
     """fp32 sums of products that fp32 holds exactly."""
     contract = (((x.ndim - 1,), (1,)), ((), ()))
+    # bf16 holds e4m3 exactly, and CPUs with instructions for it multiply it twice as fast.
+    narrow = jax.default_backend() == "cpu" and {x.dtype, w.dtype} <= _IN_BF16
+    dtype = jnp.bfloat16 if narrow else jnp.float32
     return jax.lax.dot_general(
-        x.astype(jnp.float32), w.astype(jnp.float32), contract, precision="highest",
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
+        x.astype(dtype), w.astype(dtype), contract, precision="highest", preferred_element_type=jnp.float32
+    )

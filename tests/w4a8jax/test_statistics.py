@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from toy import toy_checkpoint
 
 from models.families import family
@@ -74,6 +75,39 @@ def test_chunks_do_not_matter(checkpoint, monkeypatch):
     pieces = _collect(checkpoint, samples, layer=1)
     for tap in TAPS:
         np.testing.assert_allclose(pieces[tap], whole[tap], rtol=2e-3, atol=2e-3 * np.abs(whole[tap]).max())
+
+
+def test_what_is_kept_is_not_computed_again(checkpoint, monkeypatch):
+    """Inputs read from files give the same as computing them, in pieces with the cache too."""
+    config, blocks, embedding = _parts(checkpoint)
+    samples = [_sample(70, 1), _sample(20, 2)]
+    monkeypatch.setattr(statistics, "CHUNK", 32)
+    with (
+        ResidualStream(samples, embedding, config, "float32") as one,
+        ResidualStream(samples, embedding, config, "float32") as two,
+    ):
+        kept = {}
+        for tap in TAPS:
+            plain = hessians(blocks[0], one, [tap], fp8=False)[tap]
+            found = hessians(blocks[0], two, [tap], fp8=False, kept=kept)[tap]
+            np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-5 * np.abs(plain).max())
+        assert sorted(kept) == ["attention.output", "mlp.down"]
+        advance(blocks[0], one)
+        # Attention's other modules are no longer asked.
+        blocks[0].attention.qkv.weight = nnx.Param(jnp.full_like(blocks[0].attention.qkv.weight.get_value(), jnp.nan))
+        advance(blocks[0], two, kept=kept)
+        np.testing.assert_allclose(two.read(0, two.tokens), one.read(0, one.tokens), rtol=1e-5, atol=1e-5)
+        for file in kept.values():
+            file.close()
+
+
+def test_hessians_are_symmetric(monkeypatch):
+    """What is below the diagonal is a copy, for widths of several blocks that do not divide them."""
+    monkeypatch.setattr(statistics, "_GRAM_ROWS", 96)
+    x = np.random.default_rng(0).normal(size=(50, 256)).astype(np.float32)
+    found = np.asarray(statistics._gram(jnp.asarray(x)))
+    np.testing.assert_array_equal(found, found.T)
+    np.testing.assert_allclose(found, x.T.astype(np.float64) @ x, rtol=1e-5, atol=1e-4)
 
 
 def test_masked_tokens_change_no_bit(checkpoint):

@@ -2,14 +2,16 @@
 
 One layer at a time. The residual stream of all samples stands in a temporary file; a pass over a layer reads it in
 chunks of at most 2048 tokens, with the layer's key-value cache from chunk to chunk, so that memory does not grow with
-the length of a trace (only the cache does, slowly). Only tokens that count go into a Hessian; what follows the last of
+the length of a trace (only the cache does, slowly). What enters the last module of attention and of the MLP is kept in
+such files too while a layer is worked on, so that each is computed once. Only tokens that count go into a Hessian; what follows the last of
 them in a trace is not even run.
 """
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Self
 
 import jax
@@ -31,6 +33,7 @@ CHUNK = 2048  # tokens of a pass at once, over all samples of a batch
 _GRAM_ROWS = 256  # smaller products are not faster
 
 _OUTPUT = ""  # of a layer, among the names of its modules
+_LAST = ("attention.output", "mlp.down")  # given what enters these, the layer's output takes little
 
 Hessians = dict[str, Float[Array, "K K"]]
 
@@ -57,7 +60,7 @@ class TokenFile:
     def __init__(self, tokens: int, width: int, dtype: Any):
         self.tokens, self.width, self.dtype = tokens, width, jnp.dtype(dtype)
         self._file = tempfile.TemporaryFile(prefix="w4a8jax-tokens-")  # noqa: SIM115
-        self._data = np.memmap(self._file, np.uint8, "w+", shape=(tokens, width * self.dtype.itemsize))
+        self._row_bytes = width * self.dtype.itemsize
 
     def __enter__(self) -> Self:
         return self
@@ -71,10 +74,14 @@ class TokenFile:
 
     def read(self, start: int, count: int) -> Float[np.ndarray, "T D"]:
         """Rows start .. start + count - 1."""
-        return np.asarray(self._data[start : start + count]).view(self.dtype)
+        rows = np.empty((count, self.width), self.dtype)
+        self._file.seek(start * self._row_bytes)
+        self._file.readinto(rows.view(np.uint8))  # type: ignore[attr-defined]
+        return rows
 
     def write(self, start: int, rows: Float[np.ndarray, "T D"]) -> None:
-        self._data[start : start + len(rows)] = np.ascontiguousarray(rows).view(np.uint8)
+        self._file.seek(start * self._row_bytes)
+        self._file.write(np.ascontiguousarray(rows).view(np.uint8).data)
 
 
 class ResidualStream(TokenFile):
@@ -103,7 +110,13 @@ class ResidualStream(TokenFile):
 
 
 def hessians(
-    block: Block, stream: ResidualStream, taps: Sequence[str], *, fp8: bool, done: Callable[[int], None] | None = None
+    block: Block,
+    stream: ResidualStream,
+    taps: Sequence[str],
+    *,
+    fp8: bool,
+    kept: dict[str, TokenFile] | None = None,
+    done: Callable[[int], None] | None = None,
 ) -> Hessians:
     """sum x x^T over the tokens that count, of the inputs x of some linear modules of a layer; fp32 [K, K] each.
 
@@ -112,11 +125,22 @@ def hessians(
         stream: before it.
         taps: paths of the modules, such as "attention.qkv".
         fp8: x as the W4A8 kernel multiplies it, rounded to FP8 by token, rather than as it comes.
+        kept: files of what enters the last module of attention and of the MLP. Those that are there are read instead
+            of computed; those of `taps` are added. So neither is computed twice for a layer.
         done: called with the number of tokens of each pass.
     """
     total = {tap: jnp.zeros(2 * [_input_size(block, tap)], jnp.float32) for tap in taps}
-    for _, _, sums in _passes(block, stream, total, fp8=fp8, done=done):
+    kept = {} if kept is None else kept
+    new = {
+        tap: TokenFile(stream.tokens, _input_size(block, tap), stream.dtype)
+        for tap in taps
+        if tap in _LAST and tap not in kept
+    }
+    for rows, values, sums in _passes(block, stream, total, fp8=fp8, want=tuple(new), kept=kept, done=done):
         total = sums
+        for tap, file in new.items():
+            _write(file, rows, values[tap])
+    kept |= new
     return total
 
 
@@ -139,13 +163,23 @@ def inputs(
                 yield {tap: value[i, :count][at] for tap, value in host.items()}
 
 
-def advance(block: Block, stream: ResidualStream, *, done: Callable[[int], None] | None = None) -> None:
-    """Takes the stream from before the layer to behind it."""
-    for rows, found, _ in _passes(block, stream, {}, want=(_OUTPUT,), done=done):
-        values = np.asarray(found[_OUTPUT])
-        for i, (start, count) in enumerate(rows):
-            if count:
-                stream.write(start, values[i, :count])
+def advance(
+    block: Block,
+    stream: ResidualStream,
+    *,
+    kept: Mapping[str, TokenFile] | None = None,
+    done: Callable[[int], None] | None = None,
+) -> None:
+    """Takes the stream from before the layer to behind it; `kept` as `hessians` left it."""
+    for rows, found, _ in _passes(block, stream, {}, want=(_OUTPUT,), kept=kept or {}, done=done):
+        _write(stream, rows, found[_OUTPUT])
+
+
+def _write(file: TokenFile, rows: list[tuple[int, int]], values: Float[Array, "B T K"]) -> None:
+    host = np.asarray(values)
+    for i, (start, count) in enumerate(rows):
+        if count:
+            file.write(start, host[i, :count])
 
 
 def _until_last(sample: Sample) -> Sample:
@@ -180,6 +214,7 @@ def _passes(
     *,
     fp8: bool = False,
     want: tuple[str, ...] = (),
+    kept: Mapping[str, TokenFile] = MappingProxyType({}),
     done: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[list[tuple[int, int]], dict[str, Array], Hessians]]:
     """Runs the layer over the stream, chunk by chunk.
@@ -191,24 +226,28 @@ def _passes(
     graph, state = nnx.split(block)
     for batch in stream.batches:
         count, cache = len(batch.starts), None
-        if batch.slots > batch.width:
+        if batch.slots > batch.width and "attention.output" not in kept:
             slots = min(batch.slots, block.attention.window or batch.slots)
             shape = (count, slots, config.num_kv_heads, config.head_dim)
             cache = LayerCache(jnp.zeros(shape, stream.dtype), jnp.zeros(shape, stream.dtype))
         for begin in range(0, max(batch.lengths), batch.width):
             x = np.zeros((count, batch.width, config.hidden_size), stream.dtype)
             counted = np.zeros(x.shape[:2], bool)
+            given = {path: np.zeros((*x.shape[:2], file.width), file.dtype) for path, file in kept.items()}
             rows = []
             for i, (first, length) in enumerate(zip(batch.starts, batch.lengths, strict=True)):
                 start, size = first + begin, max(0, min(batch.width, length - begin))
                 x[i, :size] = stream.read(start, size)
                 counted[i, :size] = stream.mask[start : start + size]
+                for path, file in kept.items():
+                    given[path][i, :size] = file.read(start, size)
                 rows.append((start, size))
             starts = np.minimum(begin, batch.lengths).astype(np.int32)
             sizes = np.array([size for _, size in rows], np.int32)
             values, cache, sums = _step(
-                graph, state, config, x, starts, sizes, counted, cache, sums, fresh=begin == 0, fp8=fp8, want=want
-            )
+                graph, state, config, x, starts, sizes, counted, cache, sums, given,
+                fresh=begin == 0 or "attention.output" in kept, fp8=fp8, want=want,
+            )  # fmt: skip
             yield rows, values, sums
             if done is not None:
                 done(int(sizes.sum()))
@@ -225,6 +264,7 @@ def _step(
     counted: Bool[Array, "B T"],
     cache: LayerCache | None,
     sums: Hessians,
+    given: dict[str, Float[Array, "B T K"]],
     *,
     fresh: bool,
     fp8: bool,
@@ -232,6 +272,8 @@ def _step(
 ) -> tuple[dict[str, Array], LayerCache | None, Hessians]:
     block = nnx.merge(graph, state)
     seen: dict[str, Array] = {}
+    for path, value in given.items():
+        _replace(block, path, value)
     # Inner modules first: what stands in for a module has no modules of its own.
     for tap in sorted({*sums, *want} - {_OUTPUT}, key=lambda path: -path.count(".")):
         parent, name = _parent(block, tap)
@@ -253,7 +295,8 @@ def add_tokens(
     weight: Float[Array, "*batch"] | None = None,
 ) -> Float[Array, "K K"]:
     """A Hessian with some tokens' `weight * x x^T` added; see `hessians`."""
-    wide = kernel_inputs(x, fp8)
+    # The barriers keep XLA from computing x, and what is made of it, again in each of the products on CPUs.
+    wide = jax.lax.optimization_barrier(kernel_inputs(jax.lax.optimization_barrier(x), fp8))
     if weight is not None:
         wide = wide * jnp.sqrt(weight)[..., None]
     # A selection, not a product: what does not count may be NaN.
@@ -278,6 +321,15 @@ def kernel_inputs(x: Float[Array, "*batch K"], fp8: bool) -> Float[Array, "*batc
         return x.astype(jnp.float32)
     x8, token_scale = quantize_activations(x)
     return x8.astype(jnp.float32) * token_scale
+
+
+def _replace(block: Block, path: str, value: Float[Array, "B T K"]) -> None:
+    """Makes attention or the MLP no more than its last module, of a given input."""
+    last = module_at(block, path)
+    if path == "attention.output":
+        block.attention = lambda x, table, start, lengths, cache, fresh: (last(value), cache)  # type: ignore[assignment]
+    else:
+        block.mlp = lambda x: last(value)  # type: ignore[assignment]
 
 
 class _Tap:

@@ -118,13 +118,14 @@ class GptqQuantizer:
 
     def _run_layer(self, layer: int) -> None:
         block = load_block(self._config, self._names, self._reader, layer, dtype=jnp.bfloat16)
+        kept: dict[str, TokenFile] = {}
         for stage in self._stages(layer):
             todo = [path for path in stage if self._quantized(layer, path)]
             # In a parallel block, all that is computed first reads the same norm.
             source = {p: "attention.qkv" if "attention.qkv" in stage else p for p in todo}
             taps = sorted(set(source.values()))
             began = time.perf_counter()
-            sums = hessians(block, self._stream, taps, fp8=self._scheme == "w4a8") if taps else {}
+            sums = hessians(block, self._stream, taps, fp8=self._scheme == "w4a8", kept=kept) if taps else {}
             jax.block_until_ready(sums)
             self.seconds += time.perf_counter() - began
             for tap in taps:
@@ -136,8 +137,10 @@ class GptqQuantizer:
             self._run_experts(block, layer)
         if layer + 1 < self._config.num_layers:
             began = time.perf_counter()
-            advance(block, self._stream)
+            advance(block, self._stream, kept=kept)
             self.seconds += time.perf_counter() - began
+        for file in kept.values():
+            file.close()
 
     def _stages(self, layer: int) -> list[tuple[str, ...]]:
         """The linear modules of a layer in the order of computation: those of a stage see what all before it give."""

@@ -3,8 +3,8 @@
 One layer at a time. The residual stream of all samples stands in a temporary file; a pass over a layer reads it in
 chunks of at most 2048 tokens, with the layer's key-value cache from chunk to chunk, so that memory does not grow with
 the length of a trace (only the cache does, slowly). What enters the last module of attention and of the MLP is kept in
-such files too while a layer is worked on, so that each is computed once. Only tokens that count go into a Hessian; what follows the last of
-them in a trace is not even run.
+such files too while a layer is worked on, so that each is computed once. Only tokens that count go into a Hessian; what
+follows the last of them in a trace is not even run.
 """
 
 import dataclasses

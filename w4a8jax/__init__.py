@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from .quantization.rtn import quantize_weight as quantize_weight
     from .reference import reference_model as reference_model
     from .reference import reference_text as reference_text
+    from .reporting import Report as Report
+    from .reporting import report as report
     from .tokenizer import Tokenizer as Tokenizer
     from .verification import Verification as Verification
     from .verification import verify as verify
@@ -56,6 +58,7 @@ _EXPORTS = {
     "GenerationResult": "w4a8jax.language_model",
     "Inspection": "w4a8jax.inspection",
     "LanguageModel": "w4a8jax.language_model",
+    "Report": "w4a8jax.reporting.record",
     "SamplingParams": "models.sampling",
     "Tokenizer": "w4a8jax.tokenizer",
     "Verification": "w4a8jax.verification",
@@ -74,6 +77,7 @@ _EXPORTS = {
     "quantize_weight": "w4a8jax.quantization.rtn",
     "reference_model": "w4a8jax.reference",
     "reference_text": "w4a8jax.reference",
+    "report": "w4a8jax.reporting.runner",
     "verify": "w4a8jax.verification",
     "w4a8_matmul": "pallas_kernels",
     "w4a8_moe_mlp": "pallas_kernels",

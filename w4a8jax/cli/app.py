@@ -9,7 +9,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, bench_moe, calibrate, distill, evaluate, generate, inspect, quantize, reference_model, verify
+from . import (
+    bench,
+    bench_moe,
+    calibrate,
+    distill,
+    evaluate,
+    generate,
+    inspect,
+    quantize,
+    reference_model,
+    report,
+    verify,
+)
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -98,6 +110,7 @@ app.command("generate")(generate.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("eval")(evaluate.command)
+app.command("report")(report.command)
 app.command("reference-model")(reference_model.command)
 app.command("tune")(bench.tune)
 bench.app.command("moe")(bench_moe.moe)

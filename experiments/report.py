@@ -14,8 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-import w4a8jax
 from calibration import texts, windows
+
+import w4a8jax
 
 RESULTS = Path(__file__).with_name("results")
 RECIPES = (

@@ -50,34 +50,28 @@ def residual_errors(
         ours, theirs = (getattr(m.decoder.config, field) for m in (model, original))
         if ours != theirs:
             raise W4A8Error(f"cannot compare: {field} is {ours} in the model, {theirs} in its original")
-    plan = Plan.make(model, text, context, None, None, max_tokens)
-    pair = *split(model.decoder), *split(original.decoder)
+    plan = Plan.make(model, text, context, None, 1, max_tokens)  # all layers' states at once: of one window
+    pair = split(model.decoder), split(original.decoder)
     total, tokens = np.zeros(model.decoder.config.num_layers), 0
     for windows in plan.batches(progress):
         counted = np.pad(plan.scored(windows), ((0, 0), (0, 1)))  # at the positions that predict
         tokens += int(counted.sum())
-        total += np.asarray(_sums(*pair, windows.tokens, windows.lengths, counted), np.float64)
+        # Compiled one by one: together, XLA rounds equal models to bf16 at different places.
+        streams = [_stream(structure, leaves, windows.tokens, windows.lengths) for structure, leaves in pair]
+        total += [float(_error(*layer, counted)) for layer in zip(*streams, strict=True)]
     return tuple((total / tokens).tolist())
 
 
-@partial(jax.jit, static_argnames=("structure", "original_structure"))
-def _sums(
-    structure: Structure,
-    leaves: list[Array],
-    original_structure: Structure,
-    original_leaves: list[Array],
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    counted: Bool[Array, "B T"],
-) -> Float[Array, "L"]:
-    """Sums of the tokens' relative errors, by layer."""
-    lengths = jnp.maximum(lengths, 1)  # a row of no tokens would attend to nothing; none of it is counted
-    ours = residual_stream(structure.merge(leaves), tokens, lengths)
-    theirs = residual_stream(original_structure.merge(original_leaves), tokens, lengths)
+@partial(jax.jit, static_argnames="structure")
+def _stream(
+    structure: Structure, leaves: list[Array], tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> list[Float[Array, "B T D"]]:
+    return residual_stream(structure.merge(leaves), tokens, lengths)
 
-    def error(a: Array, b: Array) -> Array:
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        ratio = jnp.linalg.norm(a - b, axis=-1) / jnp.maximum(jnp.linalg.norm(b, axis=-1), 1e-30)
-        return jnp.sum(jnp.where(counted, ratio, 0))
 
-    return jnp.stack([error(a, b) for a, b in zip(ours, theirs, strict=True)])
+@jax.jit
+def _error(a: Float[Array, "B T D"], b: Float[Array, "B T D"], counted: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """The sum of the counted tokens' ||a - b|| / ||b||."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    ratio = jnp.linalg.norm(a - b, axis=-1) / jnp.maximum(jnp.linalg.norm(b, axis=-1), 1e-30)
+    return jnp.sum(jnp.where(counted, ratio, 0))

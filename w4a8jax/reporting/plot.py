@@ -95,7 +95,7 @@ def _through_layers(axis: Axes, rows: list[list[Row]]) -> None:
         style = "-" if i < len(_LINES) else "--"
         marker = "o" if len(errors) <= 40 else None
         axis.plot(errors, style, color=_LINES[i % len(_LINES)], marker=marker, markersize=4, label=draws[0]["title"])
-    axis.set(title="Error of the residual stream behind each layer", xlabel="layer", ylabel="%")
+    axis.set(title="Error of the residual stream", xlabel="behind layer", ylabel="%")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.set_ylim(bottom=0)
     if axis.get_legend_handles_labels()[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import hashlib
 import json
 import platform
@@ -10,7 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -109,20 +111,24 @@ def report(
         reader, chosen, {name: (other.path, fingerprint(other)) for name, other in others.items()}, drawn, start,
         distill_data, distillation or DistillationOptions(), kernels,
     )  # fmt: skip
-    work = target.with_name(f".{target.stem}.partial")
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
     job: dict[str, Any] = {"model": str(reader.path), "max_tokens": max_tokens, "context": context, "kernels": kernels}
-    job["texts"] = _write_texts(work, texts)
-    try:
-        for unit in units:
-            if not any(_same(row, unit) and "failed" not in row for row in record.rows):
-                record.add(_measure(unit, job, work, 1 + len(texts), progress), _order)
-                record.write(target.with_suffix(".json"))
-    except KeyboardInterrupt as e:
-        done = sum(any(_same(row, unit) for row in record.rows) for unit in units)
-        e.add_note(f"{done} of {len(units)} rows are kept; go on with --resume")
-        raise
+    with _workplace(target, keep=resume) as work:
+        job["texts"] = _write_texts(work, texts)
+        try:
+            for unit in units:
+                if not any(_same(row, unit) and "failed" not in row for row in record.rows):
+                    record.add(_measure(unit, job, work, 1 + len(texts), progress), _order)
+                    record.write(target.with_suffix(".json"))
+        except KeyboardInterrupt as e:
+            done = sum(any(_same(row, unit) for row in record.rows) for unit in units)
+            e.add_note(f"{done} of {len(units)} rows are kept; go on with --resume")
+            raise
+        _write(record, target)
+        shutil.rmtree(work, ignore_errors=True)
+    return record
+
+
+def _write(record: Report, target: Path) -> None:
     picture = None
     if record.measured:
         picture = record.plot(target.with_suffix(".png")).name
@@ -131,8 +137,30 @@ def report(
     except OSError as e:
         raise W4A8Error(f"{target}: cannot be written: {e.strerror or e}") from e
     record.write(target.with_suffix(".json"))
-    shutil.rmtree(work, ignore_errors=True)
-    return record
+
+
+@contextmanager
+def _workplace(target: Path, *, keep: bool) -> Iterator[Path]:
+    """The hidden folder beside a report that is being made, which one process at a time may use.
+
+    Args:
+        target: the report.
+        keep: what an interrupted run left there.
+    """
+    work = target.with_name(f".{target.stem}.partial")
+    try:
+        work.mkdir(exist_ok=True)
+        with (work / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise W4A8Error(f"{target}: another process is writing this report") from None
+            for left in [] if keep else work.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+            yield work
+    except OSError as e:
+        raise W4A8Error(f"{work}: cannot write there: {e.strerror or e}") from e
 
 
 def fingerprint(reader: CheckpointReader) -> str:
@@ -197,13 +225,9 @@ def _rows_to_keep(path: Path, job: dict[str, Any]) -> list[Row]:
 
 
 def _write_texts(work: Path, texts: Mapping[str, str]) -> dict[str, str]:
-    try:
-        work.mkdir(exist_ok=True)
-        files = {name: str(work / f"text_{i}") for i, name in enumerate(texts)}
-        for name, text in texts.items():
-            Path(files[name]).write_bytes(text.encode("utf-8", "replace"))
-    except OSError as e:
-        raise W4A8Error(f"{work}: cannot write there: {e.strerror or e}") from e
+    files = {name: str(work / f"text_{i}") for i, name in enumerate(texts)}
+    for name, text in texts.items():
+        Path(files[name]).write_bytes(text.encode("utf-8", "replace"))
     return files
 
 

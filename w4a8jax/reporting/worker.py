@@ -159,13 +159,17 @@ def _say(step: str, done: int, total: int) -> None:
     print(json.dumps([step, done, total]), flush=True)
 
 
+def outcome(job: dict[str, Any]) -> dict[str, Any]:
+    """What `run` gives, or `failed` with what is wrong."""
+    try:
+        return run(job)
+    except W4A8Error as e:
+        return {"failed": " ".join(str(e).split())}
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    try:
-        result = run(job)
-    except W4A8Error as e:
-        result = {"failed": " ".join(str(e).split())}
-    (Path(job["folder"]) / RESULT).write_text(json.dumps(result), encoding="utf-8")
+    (Path(job["folder"]) / RESULT).write_text(json.dumps(outcome(job)), encoding="utf-8")
 
 
 if __name__ == "__main__":

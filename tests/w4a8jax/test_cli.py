@@ -19,7 +19,7 @@ from w4a8jax.cli import app
 from w4a8jax.cli.app import describe
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 5
-COMMANDS = ("quantize", "calibrate", "generate", "inspect", "verify", "eval", "reference-model")
+COMMANDS = ("quantize", "calibrate", "generate", "inspect", "verify", "eval", "report", "reference-model")
 
 
 def run(*arguments: Any, input: str | None = None) -> Result:

@@ -310,6 +310,7 @@ def test_recipes():
             {"recipes": ["w4a8-qad"], "distill_from": "w4a16-rtn"},
             "w4a8-qad: expected a W4A8 recipe to begin with, found w4a16-rtn",
         ),
+        ({"recipes": []}, "recipes: expected at least one, or a checkpoint"),
         ({"texts": {}}, "texts: expected at least one"),
         ({"texts": {"empty": " \n"}}, "text empty: is empty"),
         ({"checkpoints": {"bf16": "x"}}, "checkpoint 'bf16': give it a name that no recipe has"),

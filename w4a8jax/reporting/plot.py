@@ -53,7 +53,7 @@ def plot(report: Report, path: str | Path) -> Path:
     _bars(middle, rows, report.texts, _increase)
     middle.set(title="Perplexity over the original's", xlabel="%")
     middle.set_yticks(range(len(rows)), [""] * len(rows))
-    left.legend(frameon=False, fontsize=8, loc="lower right")
+    left.legend(frameon=False, fontsize=8, loc="best")
     _through_layers(right, rows)
     about = report.about
     figure.suptitle(
@@ -99,4 +99,4 @@ def _through_layers(axis: Axes, rows: list[list[Row]]) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.set_ylim(bottom=0)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(frameon=False, fontsize=7, loc="lower right")

@@ -25,7 +25,7 @@ class Report:
             the recipe and its data), date; of one that failed, `failed`, a message; else texts (by name, as
             `Comparison.to_json` has it), nbytes (of the checkpoint's tensors), bits_per_weight (of its quantized
             layers, scales included), layer_errors (||w_kernel - w|| / ||w|| by quantized layer), weight_error (their
-            root mean square, weighted by their sizes), residual_errors (of the first text, see `residual_errors`),
+            root mean square, weighted by their sizes), residual_errors (of the first text's beginning),
             make_seconds and make_peak_bytes (of the process until the checkpoint is made; None for one that was
             there), evaluate_seconds, evaluate_peak_bytes, device, cores, device_peak_bytes (of an accelerator),
             fallbacks (layers that GPTQ rounded to nearest), expert_load (of the original alone, on the first text,

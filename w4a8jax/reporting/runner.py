@@ -111,6 +111,8 @@ def report(
         reader, chosen, {name: (other.path, fingerprint(other)) for name, other in others.items()}, drawn, start,
         distill_data, distillation or DistillationOptions(), kernels,
     )  # fmt: skip
+    if not units:
+        raise W4A8Error("recipes: expected at least one, or a checkpoint")
     job: dict[str, Any] = {"model": str(reader.path), "max_tokens": max_tokens, "context": context, "kernels": kernels}
     with _workplace(target, keep=resume) as work:
         job["texts"] = _write_texts(work, texts)
@@ -282,7 +284,7 @@ def _in_child(job: Mapping[str, Any], folder: Path, update: Progress) -> dict[st
             for line in child.stdout or ():
                 try:
                     step, done, total = json.loads(line)
-                except ValueError:
+                except (ValueError, TypeError):
                     continue  # a library's
                 update(step, done, total)
             child.wait()

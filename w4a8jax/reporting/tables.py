@@ -42,7 +42,7 @@ _COST = (
 )
 _ERRORS = (
     "Of weights: `||w_kernel - w|| / ||w||` over all quantized layers, and the worst of them. Of the residual stream "
-    "behind each layer, on the first text: `||h - h_bf16|| / ||h_bf16||`, the mean over tokens."
+    "behind each layer, on the beginning of the first text: `||h - h_bf16|| / ||h_bf16||`, the mean over tokens."
 )
 
 
@@ -69,7 +69,7 @@ def quality(found: dict[str, list[Row]], text: str) -> str:
         (of("model", "accuracy", scale=100), 2),
         (of("model", "accuracy", scale=100 / max(original["accuracy"], 1e-12)), 2),
     ]
-    return _table(heads, ([title(rows), *(cell(rows, *column) for column in columns)] for rows in found.values()))
+    return table(heads, ([title(rows), *(cell(rows, *column) for column in columns)] for rows in found.values()))
 
 
 def cost(found: dict[str, list[Row]]) -> str:
@@ -90,7 +90,7 @@ def cost(found: dict[str, list[Row]]) -> str:
     def of(key: str, scale: float) -> Value:
         return lambda row: None if row[key] is None else scale * row[key]
 
-    return _table(
+    return table(
         heads,
         ([title(rows), *(cell(rows, of(key, scale), n) for key, n, scale in columns)] for rows in found.values()),
     )
@@ -112,7 +112,7 @@ def errors(found: dict[str, list[Row]]) -> str:
             worst = max(rows[0]["layer_errors"], key=rows[0]["layer_errors"].__getitem__)
             weights[1:] = [f"{rows[0]['layer_errors'][worst]:.4f}", worst.removeprefix("model.")]
         body.append([title(rows), *weights, *(cell(rows, behind(layer), 4) for layer in shown)])
-    return _table(["", "weights", "worst", "of", *(f"behind {layer}" for layer in shown)], body)
+    return table(["", "weights", "worst", "of", *(f"behind {layer}" for layer in shown)], body)
 
 
 def title(rows: list[Row]) -> str:
@@ -145,6 +145,8 @@ def _text_line(found: dict[str, list[Row]], text: str) -> str:
     return f"{first['tokens']:,} tokens, {first['bytes']:,} bytes, in windows of {first['context']}."
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, headed by its first line."""
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("|" + "".join(f" {x} |" if x else " |" for x in line) for line in lines)
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in escaped)

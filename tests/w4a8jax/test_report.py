@@ -13,7 +13,7 @@ from test_cli import refusal, run
 from text_checkpoint import text_checkpoint
 
 import w4a8jax
-from w4a8jax.reporting import runner, worker
+from w4a8jax.reporting import runner, tables, worker
 from w4a8jax.reporting.plan import draws
 from w4a8jax.reporting.recipes import RECIPES, check_known, default_recipes, select
 from w4a8jax.reporting.record import spread
@@ -412,3 +412,11 @@ def test_calibration_data_reaches_the_row(source, jobs, tmp_path, monkeypatch):
     found = w4a8jax.report(source, tmp_path / "r.md", texts=TEXTS, recipes=recipes, calibration=data)
     assert not found.failures
     assert seen == [(data.digest(), "exact", "gptq"), (data.digest(), "lut", "gptq")]
+
+
+def test_load_of_experts_is_reported():
+    load = {"layer": 1, "min_share": 0.301, "max_share": 0.38, "mean_share": 1 / 3}
+    row = _row(["prose"]) | {"expert_load": [load]}
+    expected = "In layer 1 each expert meets 30 to 38 % of the tokens of prose, 33 % if all were used alike."
+    assert tables.experts({"bf16": [row]}, "prose") == expected
+    assert tables.experts({"bf16": [_row(["prose"])]}, "prose") == ""

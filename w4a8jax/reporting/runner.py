@@ -118,11 +118,11 @@ def report(
         job["texts"] = _write_texts(work, texts)
         try:
             for unit in units:
-                if not any(_same(row, unit) and "failed" not in row for row in record.rows):
+                if not _has(record, unit):
                     record.add(_measure(unit, job, work, 1 + len(texts), progress), _order)
                     record.write(target.with_suffix(".json"))
         except KeyboardInterrupt as e:
-            done = sum(any(_same(row, unit) for row in record.rows) for unit in units)
+            done = sum(_has(record, unit) for unit in units)
             e.add_note(f"{done} of {len(units)} rows are kept; go on with --resume")
             raise
         _write(record, target)
@@ -152,17 +152,18 @@ def _workplace(target: Path, *, keep: bool) -> Iterator[Path]:
     work = target.with_name(f".{target.stem}.partial")
     try:
         work.mkdir(exist_ok=True)
-        with (work / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise W4A8Error(f"{target}: another process is writing this report") from None
-            for left in [] if keep else work.iterdir():
-                if left.is_dir():
-                    shutil.rmtree(left)
-            yield work
+        lock = (work / "lock").open("w")
     except OSError as e:
         raise W4A8Error(f"{work}: cannot write there: {e.strerror or e}") from e
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise W4A8Error(f"{target}: another process is writing this report") from None
+        for left in [] if keep else work.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+        yield work
 
 
 def fingerprint(reader: CheckpointReader) -> str:
@@ -233,8 +234,10 @@ def _write_texts(work: Path, texts: Mapping[str, str]) -> dict[str, str]:
     return files
 
 
-def _same(row: Row, unit: Unit) -> bool:
-    return (row["name"], row["seed"], row["settings"]) == (unit.name, unit.seed, unit.settings)
+def _has(record: Report, unit: Unit) -> bool:
+    """Whether a unit was measured, with the same settings, and did not fail."""
+    key = unit.name, unit.seed, unit.settings
+    return any((row["name"], row["seed"], row["settings"]) == key and "failed" not in row for row in record.rows)
 
 
 def _order(row: Row) -> tuple[int, int]:

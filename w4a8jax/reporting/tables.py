@@ -28,6 +28,7 @@ def markdown(report: Report, picture: str | None) -> str:
             parts += [f"## {text}", _text_line(found, text), quality(found, text)]
         parts += ["## Sizes, time, memory", _COST, cost(found)]
         parts += ["## Errors by layer", _ERRORS, errors(found)]
+        parts += [line for line in [experts(found, report.texts[0])] if line]
     draws = max(map(len, found.values()), default=1)
     if draws > 1:
         parts.append(f"± is the standard deviation over {draws} draws of calibration data.")
@@ -113,6 +114,17 @@ def errors(found: dict[str, list[Row]]) -> str:
             weights[1:] = [f"{rows[0]['layer_errors'][worst]:.4f}", worst.removeprefix("model.")]
         body.append([title(rows), *weights, *(cell(rows, behind(layer), 4) for layer in shown)])
     return table(["", "weights", "worst", "of", *(f"behind {layer}" for layer in shown)], body)
+
+
+def experts(found: dict[str, list[Row]], text: str) -> str:
+    """A sentence on each layer with experts: how the text's tokens divide among them; "" if nothing is known of it."""
+    known = (row["expert_load"] for rows in found.values() for row in rows if row["expert_load"])
+    lines = []
+    for load in next(known, []):
+        least, most, mean = (f"{100 * load[f'{which}_share']:.0f}" for which in ("min", "max", "mean"))
+        which = f"In layer {load['layer']} each expert meets {least} to {most} % of the tokens of {text}"
+        lines.append(f"{which}, {mean} % if all were used alike.")
+    return " ".join(lines)
 
 
 def title(rows: list[Row]) -> str:

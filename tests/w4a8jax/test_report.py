@@ -417,6 +417,6 @@ def test_calibration_data_reaches_the_row(source, jobs, tmp_path, monkeypatch):
 def test_load_of_experts_is_reported():
     load = {"layer": 1, "min_share": 0.301, "max_share": 0.38, "mean_share": 1 / 3}
     row = _row(["prose"]) | {"expert_load": [load]}
-    expected = "In layer 1 each expert meets 30 to 38 % of the tokens of prose, 33 % if all were used alike."
+    expected = "In layer 1 each expert meets 30 to 38 % of the tokens (prose; 33 % if all were used alike)."
     assert tables.experts({"bf16": [row]}, "prose") == expected
     assert tables.experts({"bf16": [_row(["prose"])]}, "prose") == ""

@@ -122,8 +122,8 @@ def experts(found: dict[str, list[Row]], text: str) -> str:
     lines = []
     for load in next(known, []):
         least, most, mean = (f"{100 * load[f'{which}_share']:.0f}" for which in ("min", "max", "mean"))
-        which = f"In layer {load['layer']} each expert meets {least} to {most} % of the tokens of {text}"
-        lines.append(f"{which}, {mean} % if all were used alike.")
+        which = f"In layer {load['layer']} each expert meets {least} to {most} % of the tokens"
+        lines.append(f"{which} ({text}; {mean} % if all were used alike).")
     return " ".join(lines)
 
 

@@ -47,11 +47,9 @@ def table_of(report: w4a8jax.Report) -> str:
     text = tables.table(heads, ([title(rows), *(cell(rows, *c) for c in columns)] for rows in report.measured.values()))
     others_bf16 = ", ".join(f"{bf16[name]['perplexity']:.3f} ({name})" for name in others)
     note = f"{bf16[main]['tokens']:,} tokens of each text; bf16's perplexities on the others: {others_bf16}."
-    draws = max(map(len, report.measured.values()))
-    spread = f"± is the standard deviation over {draws} draws of calibration data." if draws > 1 else ""
-    return "\n\n".join(
-        filter(None, (text, " ".join(filter(None, (note, spread))), tables.experts(report.measured, main)))
-    )
+    if (draws := max(map(len, report.measured.values()))) > 1:
+        note += f" ± is the standard deviation over {draws} draws of calibration data."
+    return "\n\n".join(filter(None, (text, note, tables.experts(report.measured, main))))
 
 
 def written(readme: str, name: str, text: str) -> str:

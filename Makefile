@@ -26,7 +26,7 @@ demo: $(READY)
 	$(BIN)/python experiments/demo.py
 
 test: $(READY) oracle-env sass-env
-	$(BIN)/python -m pytest -m "not vllm" --durations=10
+	$(BIN)/python -m pytest -m "not vllm" --durations=10 --numprocesses 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

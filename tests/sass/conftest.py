@@ -1,4 +1,4 @@
-"""Compiles the kernels of the tests that will run, two at a time, while the first are being looked at."""
+"""Compiles the kernels of a module's tests that will run, two at a time, while the first are being looked at."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.sass)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def findings(request: pytest.FixtureRequest) -> Iterator[Callable[[Any], Findings]]:
     """A function from a test's `case` (of `kernel_cases`) or `fault` (of `bad_kernels`) to what was found in it."""
     if not ready():
@@ -27,7 +27,7 @@ def findings(request: pytest.FixtureRequest) -> Iterator[Callable[[Any], Finding
         started: dict[Any, Future[Findings]] = {}
         for item in request.session.items:
             parameters = getattr(item, "callspec", None) and item.callspec.params
-            if "findings" in getattr(item, "fixturenames", ()) and parameters:
+            if item.path == request.path and "findings" in getattr(item, "fixturenames", ()) and parameters:
                 if case := parameters.get("case"):
                     started.setdefault(case, pool.submit(audit_case, case))
                 elif fault := parameters.get("fault"):

@@ -141,9 +141,11 @@ def main(model: str, seeds: int, tokens: int, resume: bool) -> None:
     }
     if resume:
         earlier = json.loads(file.read_text())
-        if earlier["texts"] != record["texts"]:
-            raise SystemExit(f"{file}: was made on other texts")
+        counts = {text["tokens"] for row in earlier["recipes"] for text in row["found"].values()}
+        if earlier["texts"] != record["texts"] or counts - {tokens}:
+            raise SystemExit(f"{file}: was made on other texts, or on {counts} tokens of each")
         record |= {part: earlier[part] for part in ("recipes", "masks")}
+        record["command"] = f"{earlier['command']}; then {record['command']} --resume"
     unseen = w4a8jax.load_calibration(source, agentic_traces.traces("test", UNSEEN, 0))
     gptq = partial(quantized, source, method="gptq")
 

@@ -37,7 +37,7 @@ def quality(rows: list[dict[str, Any]]) -> None:
         cells = [(main, "perplexity", 3, 1), (main, "kl", 4, 1), (main, "top1", 2, 100)]
         cells += [(text, "kl", 4, 1) for text in others]
         columns = [spread([seed[text][key] for seed in seeds.values()], n, scale) for text, key, n, scale in cells]
-        fewer = f" ({len(seeds)} seeds)" if None not in seeds and len(seeds) < most else ""
+        fewer = f" ({_seeds(len(seeds))})" if None not in seeds and len(seeds) < most else ""
         print("|", " | ".join([name + fewer, *columns]), "|")
 
 
@@ -48,8 +48,12 @@ def gains(rows: list[dict[str, Any]], base: str, better: str) -> None:
     for text in rows[0]["found"]:
         pairs = [(found[base].get(seed, found[base].get(None)), found[better][seed]) for seed in seeds]
         less = [1 - b[text]["kl"] / a[text]["kl"] for a, b in pairs if a]
-        values = f"{spread(less, 1, 100)} %, least {100 * min(less):.1f} %, {len(less)} seeds"
+        values = f"{spread(less, 1, 100)} %, least {100 * min(less):.1f} %, {_seeds(len(less))}"
         print(f"{text}: KL of {better!r} below {base!r} by {values}")
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed" + "s" * (count != 1)
 
 
 def recipes(rows: list[dict[str, Any]]) -> None:

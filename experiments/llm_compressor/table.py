@@ -37,7 +37,7 @@ def quality(rows: list[dict[str, Any]]) -> list[str]:
 def table(record: dict[str, Any]) -> None:
     names = dict.fromkeys(row["name"] for row in record["runs"])
     by_name = {name: [row for row in record["runs"] if row["name"] == name] for name in names}
-    heads = ["runs", "process: CPU s", "wall s", "quantization: CPU s", "wall s", "peak MB"]
+    heads = ["runs", "process: CPU s", "wall s", "quantization: CPU s", "wall s"]
     first = next(iter(by_name.values()))[0]
     if "quality" in first:
         main, *others = first["quality"]
@@ -45,8 +45,7 @@ def table(record: dict[str, Any]) -> None:
     print("| |", " | ".join(heads), "|\n|" + "---|" * (len(heads) + 1))
     for name, rows in by_name.items():
         times = [spread(seconds(rows, p, c), 1) for p in ("whole", "quantize") for c in ("cpu", "wall")]
-        peak = f"{max(row['peak_bytes'] for row in rows) / 1e6:.0f}"
-        cells = [str(len(rows)), *times, peak, *(quality(rows) if "quality" in first else [])]
+        cells = [str(len(rows)), *times, *(quality(rows) if "quality" in first else [])]
         print("|", " | ".join([name, *cells]), "|")
     ours = by_name["w4a8jax"]
     again = seconds(ours, "quantize again", "cpu")

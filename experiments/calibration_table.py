@@ -1,4 +1,4 @@
-"""The README's tables of calibration: from the records of calibration.py and long_traces.py.
+"""The tables of docs/calibration.md: from the records of calibration.py and long_traces.py.
 
 python experiments/calibration_table.py
 """

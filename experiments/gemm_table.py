@@ -1,6 +1,6 @@
-"""The README's table of dense products, some of a record of `w4a8jax bench gemm`.
+"""The table of dense products in docs/kernels.md, some of a record of `w4a8jax bench gemm`.
 
-python experiments/gemm_table.py experiments/results/gemm_h200.json
+python experiments/gemm_table.py experiments/results/gemm_h100.json
 """
 
 import json
@@ -24,12 +24,13 @@ def main(path: str) -> None:
     for row in json.loads(Path(path).read_text())["rows"]:
         if "us" in row:
             points.setdefault((row["K"], row["N"], row["M"]), {})[row["kernel"]] = row
-    print("| K | N | M |", " | ".join(COLUMNS.values()), "| fraction of the floor |")
-    print("|" + "---|" * (len(COLUMNS) + 4))
+    columns = {name: title for name, title in COLUMNS.items() if any(name in rows for rows in points.values())}
+    print("| K | N | M |", " | ".join(columns.values()), "| fraction of the floor |")
+    print("|" + "---|" * (len(columns) + 4))
     for shape, rows in points.items():
         ours = rows.get("w4a8 lut -7..7")
         if ours and shape[:2] in SHAPES and shape[2] in TOKENS:
-            cells = [f"{rows[name]['us']:.1f}" if name in rows else "" for name in COLUMNS]
+            cells = [f"{rows[name]['us']:.1f}" if name in rows else "" for name in columns]
             print("|", " | ".join([*map(str, shape), *cells, f"{ours['fraction_of_floor']:.2f}"]), "|")
 
 

@@ -1,4 +1,4 @@
-"""The README's table of products with experts and whole MLPs, some of a record of `w4a8jax bench moe`.
+"""The table in docs/kernels.md of products with experts and whole MLPs, some of a record of `w4a8jax bench moe`.
 
 python experiments/moe_table.py experiments/results/moe_h100.json
 """

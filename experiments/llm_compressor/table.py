@@ -1,4 +1,4 @@
-"""The README's table of llm-compressor's GPTQ beside ours: from the record of compare.py.
+"""The table in docs/calibration.md of llm-compressor's GPTQ beside ours: from the record of compare.py.
 
 python experiments/llm_compressor/table.py
 """

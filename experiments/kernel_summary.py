@@ -1,0 +1,50 @@
+"""README's table of the kernels' speed over others: geometric means over the records of `w4a8jax bench gemm` and `moe`.
+
+python experiments/kernel_summary.py experiments/results/gemm_h100.json experiments/results/moe_h100.json
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+DENSE = {
+    "vllm cutlass w4a8": "vLLM's W4A8",
+    "torch fp8 rowwise, fast": "cuBLAS FP8, rowwise scales",
+    "vllm machete w4a16": "vLLM's Machete W4A16",
+    "torch bf16": "cuBLAS bf16",
+}
+EXPERTS = {"vllm cutlass w4a8": "vLLM's W4A8", "ragged_dot bf16": "`jax.lax.ragged_dot`, bf16"}
+RANGES = ((0, 64), (65, 1024), (1025, 1 << 60))
+PRODUCTS = (("products with experts", ("gate_up", "down")), ("whole MLPs with experts", ("mlp",)))
+
+
+def main(dense: str, experts: str) -> None:
+    print("| W4A8, tokens: | over | to 64 | 65 to 1,024 | more |\n|---|---|---|---|---|")
+    rows = _rows(dense)
+    for peer, title in DENSE.items():
+        print(_line("dense products", title, rows, ("K", "N", "M"), "w4a8 lut -7..7", peer))
+    for name, products in PRODUCTS:
+        rows = [row for row in _rows(experts) if row["product"] in products]
+        for peer, title in EXPERTS.items():
+            if any(row["kernel"] == peer for row in rows):
+                point = ("model", "product", "routing", "tokens")
+                print(_line(name, title, rows, point, "grouped lut -7", peer))
+
+
+def _rows(path: str) -> list[dict[str, Any]]:
+    return [row for row in json.loads(Path(path).read_text())["rows"] if "us" in row]
+
+
+def _line(name: str, title: str, rows: list[dict[str, Any]], point: tuple[str, ...], ours: str, peer: str) -> str:
+    """The last of `point` is the number of tokens."""
+    times = [{tuple(r[p] for p in point): r["us"] for r in rows if r["kernel"] == kernel} for kernel in (ours, peer)]
+    speeds = {where: other / times[0][where] for where, other in times[1].items() if where in times[0]}
+    parts = [[v for where, v in speeds.items() if low <= where[-1] <= high] for low, high in RANGES]
+    means = [f"{statistics.geometric_mean(part):.2f}" if part else "" for part in parts]
+    return f"| {name} | {title} | {' | '.join(means)} |"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -2,9 +2,9 @@
 
     python experiments/device_memory.py --out experiments/results/device_memory.json
 
-Random decoders of two layers, hidden size 1024, eight experts, in bf16 and in W4A8; the forward pass of two sequences of
-256 tokens. Of one device and of eight, "expert" x "tensor" = 4 x 2: the parameters that the fullest device holds, and
-XLA's own figure for the program's peak on each device, parameters included (`memory_analysis`). On a CPU quantized
+Random decoders of two layers, hidden size 1024, eight experts, in bf16 and in W4A8; the forward pass of two sequences
+of 256 tokens. Of one device and of eight, "expert" x "tensor" = 4 x 2: the parameters that the fullest device holds,
+and XLA's own figure for the program's peak on each device, parameters included (`memory_analysis`). On a CPU quantized
 weights are widened for products, so that W4A8's peak says what is divided, not what a GPU takes.
 """
 

@@ -47,8 +47,8 @@ def table_of(report: w4a8jax.Report) -> str:
     text = tables.table(heads, ([title(rows), *(cell(rows, *c) for c in columns)] for rows in report.measured.values()))
     others_bf16 = ", ".join(f"{bf16[name]['perplexity']:.3f} ({name})" for name in others)
     note = f"{bf16[main]['tokens']:,} tokens of each text; bf16's perplexities on the others: {others_bf16}."
-    if (draws := max(map(len, report.measured.values()))) > 1:
-        note += f" ± is the standard deviation over {draws} draws of calibration data."
+    if draws := tables.about_draws(report.measured):
+        note += f" {draws}"
     return "\n\n".join(filter(None, (text, note, tables.experts(report.measured, main))))
 
 

@@ -56,9 +56,9 @@ def test_tables_hold_a_total_past_the_last_group(groups: int) -> None:
     ("config", "groups", "message"),
     [
         (TuningConfig(16, stream_k=True), 8, "tiles are not shared"),
-        (TuningConfig(16, 2, 1, cluster=2), 8, "no clusters"),
         (TuningConfig(16, 2, 1), 1024, "1 to 1023 groups"),
         (TuningConfig(16, 2, 3), 8, "no multiple of 384 rows"),
+        (TuningConfig(16, 2, 2, cluster=2), 8, "no multiple of 512 rows"),
         (TuningConfig(16, 2, 1, 21), 1023, "bytes of shared memory"),
     ],
 )

@@ -420,3 +420,10 @@ def test_load_of_experts_is_reported():
     expected = "In layer 1 each expert meets 30 to 38 % of the tokens (prose; 33 % if all were used alike)."
     assert tables.experts({"bf16": [row]}, "prose") == expected
     assert tables.experts({"bf16": [_row(["prose"])]}, "prose") == ""
+
+
+def test_what_spreads_are_over():
+    rows = {name: [{"title": name}] * count for name, count in (("a", 1), ("b", 3), ("c", 3))}
+    assert tables.about_draws({"a": rows["a"]}) is None
+    assert tables.about_draws(rows).endswith("over 3 draws of calibration data.")
+    assert tables.about_draws(rows | {"d": [{"title": "d"}] * 2}).endswith("(b: 3; c: 3; d: 2).")

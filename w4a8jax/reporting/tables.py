@@ -29,12 +29,22 @@ def markdown(report: Report, picture: str | None) -> str:
         parts += ["## Sizes, time, memory", _COST, cost(found)]
         parts += ["## Errors by layer", _ERRORS, errors(found)]
         parts += [line for line in [experts(found, report.texts[0])] if line]
-    draws = max(map(len, found.values()), default=1)
-    if draws > 1:
-        parts.append(f"± is the standard deviation over {draws} draws of calibration data.")
+    if note := about_draws(found):
+        parts.append(note)
     if failed := report.failures:
         parts += ["## Failed", "\n".join(f"- {name}: {message}" for name, message in failed.items())]
     return "\n\n".join(parts) + "\n"
+
+
+def about_draws(found: dict[str, list[Row]]) -> str | None:
+    """What ± stands for, if several draws of calibration data were measured; with their number where it differs."""
+    counts = {rows[0]["title"]: len(rows) for rows in found.values() if len(rows) > 1}
+    if not counts:
+        return None
+    if len(numbers := set(counts.values())) == 1:
+        return f"± is the standard deviation over {numbers.pop()} draws of calibration data."
+    each = "; ".join(f"{title}: {count}" for title, count in counts.items())
+    return f"± is the standard deviation over draws of calibration data ({each})."
 
 
 _COST = (

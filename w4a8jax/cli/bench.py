@@ -32,26 +32,28 @@ Processes = Annotated[
 ]
 
 
+VllmFolder = Annotated[
+    str | None,
+    typer.Option("--vllm", metavar="DIR", help="Folder with vLLM 0.26's two kernel libraries: measure them too."),
+]
+Out = Annotated[str | None, typer.Option("--out", metavar="FILE.json", help="Write the record here.")]
+Plot = Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Draw it here (.png, .svg or .pdf).")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the record in --out: leave out what it has.")]
+Summarize = Annotated[
+    str | None, typer.Option("--summarize", metavar="FILE.json", help="Measure nothing: print, and draw, this record.")
+]
+
+
 @app.command("gemm")
 def gemm(
     shape: Shapes = None,
     tokens: Tokens = None,
     kernel: Kernels = None,
-    vllm: Annotated[
-        str | None,
-        typer.Option("--vllm", metavar="DIR", help="Folder with vLLM 0.26's two kernel libraries: measure them too."),
-    ] = None,
-    out: Annotated[str | None, typer.Option("--out", metavar="FILE.json", help="Write the record here.")] = None,
-    plot: Annotated[
-        str | None, typer.Option("--plot", metavar="FILE.png", help="Draw it here (.png, .svg or .pdf).")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the record in --out: leave out what it has.")
-    ] = False,
-    summarize: Annotated[
-        str | None,
-        typer.Option("--summarize", metavar="FILE.json", help="Measure nothing: print, and draw, this record."),
-    ] = None,
+    vllm: VllmFolder = None,
+    out: Out = None,
+    plot: Plot = None,
+    resume: Resume = False,
+    summarize: Summarize = None,
     processes: Processes = None,
 ) -> None:
     """Measure dense products over shapes and numbers of tokens, beside cuBLAS, torch and vLLM.

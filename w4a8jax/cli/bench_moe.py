@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from .bench import Kernels, check_folder, command_line, open_table, parse_tokens, say
+from .bench import (
+    Kernels,
+    Out,
+    Plot,
+    Resume,
+    Summarize,
+    VllmFolder,
+    check_folder,
+    command_line,
+    open_table,
+    parse_tokens,
+    say,
+)
 
 Models = Annotated[
     list[str] | None, typer.Option("--model", metavar="WORD", help="Only models with WORD in their names; repeat it.")
@@ -38,25 +50,15 @@ def moe(
         list[str] | None, typer.Option("--routing", metavar="NAME", help="uniform or zipf; repeat it. Default: both.")
     ] = None,
     kernel: Kernels = None,
-    vllm: Annotated[
-        str | None,
-        typer.Option("--vllm", metavar="DIR", help="Folder with vLLM 0.26's two kernel libraries: measure them too."),
-    ] = None,
+    vllm: VllmFolder = None,
     fp8: Annotated[
         float | None,
         typer.Option("--fp8", metavar="TFLOP/s", help="cuBLAS's rate in FP8, for floors. Default: measure it."),
     ] = None,
-    out: Annotated[str | None, typer.Option("--out", metavar="FILE.json", help="Write the record here.")] = None,
-    plot: Annotated[
-        str | None, typer.Option("--plot", metavar="FILE.png", help="Draw it here (.png, .svg or .pdf).")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the record in --out: leave out what it has.")
-    ] = False,
-    summarize: Annotated[
-        str | None,
-        typer.Option("--summarize", metavar="FILE.json", help="Measure nothing: print, and draw, this record."),
-    ] = None,
+    out: Out = None,
+    plot: Plot = None,
+    resume: Resume = False,
+    summarize: Summarize = None,
     processes: Processes = None,
 ) -> None:
     """Measure products with experts and whole MLPs of them, beside JAX and vLLM.

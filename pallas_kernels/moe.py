@@ -50,7 +50,12 @@ def route(
 
 
 def router_logits(x: Float[Array, "... D"], router: Float[Array, "E D"]) -> Float[Array, "... E"]:
-    """fp32 logits [..., E] of x [..., D], whatever the dtypes: a rounding here sends tokens to other experts."""
+    """fp32 logits [..., E] of x [..., D], whatever the dtypes: a rounding here sends tokens to other experts.
+
+    Products of two bf16 numbers are exact in fp32, so that the tensor core may take those.
+    """
+    if x.dtype == router.dtype == jnp.bfloat16:
+        return jnp.dot(x, router.T, preferred_element_type=jnp.float32)
     return jnp.dot(x.astype(jnp.float32), router.astype(jnp.float32).T, precision="highest")
 
 
@@ -88,11 +93,15 @@ def moe_mlp(
     tokens = x.reshape(math.prod(lead), width)
     weights, experts = route(router_logits(tokens, router), top_k, selection=selection, normalize=normalize)
     order, place, sizes = _sort_by_expert(experts, router.shape[0])
-    inner = _products(tokens, order // top_k, gate_up, sizes, scheme)
+    if isinstance(gate_up, FragmentWeight) and scheme == "w4a8":
+        # Each token is quantized once, whatever its number of experts.
+        inner = w4a8_ragged_rows(tokens, place, gate_up, sizes).astype(x.dtype)
+    else:
+        inner = _products(tokens[order // top_k], gate_up, sizes, scheme)
     if isinstance(down, FragmentWeight) and scheme == "w4a8" and x.dtype == jnp.bfloat16:
         rows = w4a8_gated_rows(inner, down, sizes)
     else:
-        rows = _products(gated(inner), None, down, sizes, scheme)
+        rows = _products(gated(inner), down, sizes, scheme)
     total = jnp.zeros((tokens.shape[0], width), jnp.float32)
     for k in range(top_k):
         total += weights[:, k, None] * rows[place[:, k]].astype(jnp.float32)
@@ -134,13 +143,8 @@ def w4a8_moe_mlp(
     return moe_mlp(x, router, gate_up, down, top_k=top_k, selection=selection, normalize=normalize)
 
 
-def _products(x: Array, rows: Array | None, w: ExpertWeight, sizes: Array, scheme: Scheme) -> Array:
-    """Rows of x, or all, sorted by expert, times their experts' weights, [M, N], rounded once to x's dtype."""
-    if isinstance(w, FragmentWeight) and scheme == "w4a8":
-        # Each token is quantized once, whatever its number of experts, and rows of half the bytes are gathered.
-        return w4a8_ragged_rows(x, rows, w, sizes).astype(x.dtype)
-    if rows is not None:
-        x = x[rows]
+def _products(x: Array, w: ExpertWeight, sizes: Array, scheme: Scheme) -> Array:
+    """Rows of x, sorted by expert, times their experts' weights, [M, N], rounded once to x's dtype."""
     if isinstance(w, W4Weight | FragmentWeight):
         product: Any = {"w4a8": w4a8_ragged_matmul, "w4a16": w4a16_ragged_matmul}[scheme]
         return product(x, w, sizes, out_dtype=x.dtype)

@@ -156,12 +156,22 @@ def _kernel(x: Array, w: FragmentWeight) -> Array:
     return out[:m].reshape(*lead, n)
 
 
-def _quantized(x: Array, rows: int) -> tuple[Array, Array]:
-    """FP8 [rows, K] and scales of x [M, K]; rows beyond M mean nothing."""
-    if tuning.quantizes_in_one_kernel():
-        return quantize_tokens(x, rows)
+def _quantized(x: Array, rows: int, place: Array | None = None) -> tuple[Array, Array]:
+    """FP8 [rows, K] and scales of x [M, K], each token in its own row, or in those of `place` [M, top_k].
+
+    What rows of no token hold is not defined.
+    """
+    if tuning.hopper():
+        narrow = x.dtype in (jnp.bfloat16, jnp.float16)
+        return quantize_tokens(x if narrow else x.astype(jnp.float32), rows, place)
     x8, token_scale = quantize_activations(x)
-    return tuple(jnp.pad(v, ((0, rows - x.shape[0]), (0, 0))) for v in (x8, token_scale))  # type: ignore[return-value]
+    if place is None:
+        return tuple(jnp.pad(v, ((0, rows - x.shape[0]), (0, 0))) for v in (x8, token_scale))  # type: ignore[return-value]
+    top_k = place.shape[1]
+    return tuple(  # type: ignore[return-value]
+        jnp.zeros((rows, v.shape[1]), v.dtype).at[place.reshape(-1)].set(jnp.repeat(v, top_k, axis=0))
+        for v in (x8, token_scale)
+    )
 
 
 def _kernel_forward(x: Array, w: FragmentWeight) -> tuple[Array, None]:
@@ -172,12 +182,12 @@ _kernel.defvjp(_kernel_forward, lambda saved, g: (g, saved))
 
 
 @jax.custom_vjp
-def w4a8_ragged_rows(x: Array, rows: Array | None, w: FragmentWeight, group_sizes: Array) -> Array:
-    """`w4a8_ragged_matmul` of `x[rows]`, or of x, on the grouped kernel.
+def w4a8_ragged_rows(x: Array, place: Array | None, w: FragmentWeight, group_sizes: Array) -> Array:
+    """`w4a8_ragged_matmul` on the grouped kernel, of x, or of rows that its tokens are sent to.
 
     Args:
-        x: [T, K], quantized before rows are gathered.
-        rows: int [M], sorted by group, or None for x as it is.
+        x: [T, K], each token quantized once.
+        place: int32 [T, top_k], where in M = T * top_k rows, sorted by group, each token goes; None for x as it is.
         w: [E, N, K], for "w4a8".
         group_sizes: int32 [E].
 
@@ -187,33 +197,31 @@ def w4a8_ragged_rows(x: Array, rows: Array | None, w: FragmentWeight, group_size
     Raises:
         W4A8Error: a gradient is asked for.
     """
-    m, (experts, n, k) = (x if rows is None else rows).shape[0], w.shape
+    m = x.shape[0] if place is None else place.size
     if m == 0:
-        return jnp.zeros((0, n), jnp.bfloat16)
-    # The kernel's tiles are of 8 rows; those added belong to no group.
-    if rows is None:
-        x, token_scale = _quantized(x, m + -m % ALIGNMENT)
-    else:
-        rows = jnp.pad(rows, (0, -m % ALIGNMENT))
-        x, token_scale = (values[rows] for values in _quantized(x, x.shape[0]))
-    config = tuning.choose_grouped(m, experts, n, k, w.form)
-    return _grouped_gemm(x, token_scale, w, group_sizes, config)[:m]
+        return jnp.zeros((0, w.shape[1]), jnp.bfloat16)
+    return _grouped(*_quantized(x, m + -m % ALIGNMENT, place), w, group_sizes, m)
 
 
-w4a8_ragged_rows.defvjp(lambda x, rows, w, _: _kernel_forward(x, w), lambda saved, g: (g, None, saved, g))
+w4a8_ragged_rows.defvjp(lambda x, place, w, _: _kernel_forward(x, w), lambda saved, g: (g, None, saved, g))
 
 
 @jax.custom_vjp
 def w4a8_gated_rows(gate_up: Array, w: FragmentWeight, group_sizes: Array) -> Array:
     """`w4a8_ragged_rows` of `gated(gate_up)`, bf16 [M, 2K], sorted by group, for w [E, N, K]; bf16 [M, N]."""
-    m, (experts, n, k) = gate_up.shape[0], w.shape
-    if m == 0 or not tuning.quantizes_in_one_kernel():
+    m = gate_up.shape[0]
+    if m == 0 or not tuning.hopper():  # as what comes before a kernel is computed where there is none
         return w4a8_ragged_rows(gated(gate_up), None, w, group_sizes)
-    x, token_scale = quantize_gated(gate_up, m + -m % ALIGNMENT)
-    return _grouped_gemm(x, token_scale, w, group_sizes, tuning.choose_grouped(m, experts, n, k, w.form))[:m]
+    return _grouped(*quantize_gated(gate_up, m + -m % ALIGNMENT), w, group_sizes, m)
 
 
 w4a8_gated_rows.defvjp(lambda gate_up, w, _: _kernel_forward(gate_up, w), lambda saved, g: (g, saved, g))
+
+
+def _grouped(x8: Array, token_scale: Array, w: FragmentWeight, group_sizes: Array, m: int) -> Array:
+    """The first m rows of a product; x8 has rows beyond them, of no group, up to a multiple of the kernel's 8."""
+    config = tuning.choose_grouped(m, *w.shape, w.form)
+    return _grouped_gemm(x8, token_scale, w, group_sizes, config)[:m]
 
 
 def gated(gate_up: Float[Array, "... 2F"]) -> Float[Array, "... F"]:

@@ -4,7 +4,8 @@ A block of one warpgroup takes a token: it finds the largest value, then divides
 values in registers, and reads longer ones again, from the cache. XLA makes two to four kernels of this, more where
 tokens are padded, and its division is put right by some sixty instructions (`rounding.divide`); here it takes four.
 
-With a gate, values are those between the two products of an MLP, `silu(gate) * up`, computed on the way.
+With a gate, values are those between the two products of an MLP, `silu(gate) * up`, computed on the way. With places,
+a token goes to several rows, those of its experts, and no gather is needed.
 """
 
 import math
@@ -19,7 +20,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from .activations import MIN_SCALE
 from .rounding import E4M3_MAX
@@ -46,18 +47,21 @@ _HELD = 16384  # values of a token in registers, 128 a thread
 _ONE_EACH = plgpu.Layout.WG_STRIDED((_THREADS,), vec_size=1)
 
 
-def quantize_tokens(x: Float[Array, "M K"], rows: int) -> tuple[Float[Array, "rows K"], Float[Array, "rows 1"]]:
+def quantize_tokens(
+    x: Float[Array, "M K"], rows: int, place: Int32[Array, "M top_k"] | None = None
+) -> tuple[Float[Array, "rows K"], Float[Array, "rows 1"]]:
     """`quantize_activations`, the same bits, with the last token repeated up to a number of rows.
 
     Args:
         x: [M, K], bf16, fp16 or fp32; K a multiple of 128.
         rows: of the result, at least M.
+        place: the rows that each token goes to, all different; what other rows hold is not defined. None for its own.
 
     Returns:
         x8: `float8_e4m3fn` [rows, K].
         token_scale: fp32 [rows, 1].
     """
-    return _quantize(x, rows, gated=False)
+    return _quantize(x, rows, place, gated=False)
 
 
 def quantize_gated(gate_up: Float[Array, "M 2F"], rows: int) -> tuple[Float[Array, "rows F"], Float[Array, "rows 1"]]:
@@ -71,10 +75,10 @@ def quantize_gated(gate_up: Float[Array, "M 2F"], rows: int) -> tuple[Float[Arra
         x8: `float8_e4m3fn` [rows, F].
         token_scale: fp32 [rows, 1].
     """
-    return _quantize(gate_up, rows, gated=True)
+    return _quantize(gate_up, rows, None, gated=True)
 
 
-def _quantize(x: Array, rows: int, *, gated: bool) -> tuple[Array, Array]:
+def _quantize(x: Array, rows: int, place: Array | None, *, gated: bool) -> tuple[Array, Array]:
     m, k = x.shape[0], x.shape[1] // (2 if gated else 1)
     short = x.dtype.itemsize == 2
     columns = _THREADS * max(c for c in range(1, _MOST + 1) if k // _THREADS % c == 0)
@@ -82,9 +86,10 @@ def _quantize(x: Array, rows: int, *, gated: bool) -> tuple[Array, Array]:
     parts = k // columns
     holds = short and k <= _HELD
 
-    def body(x_gmem: Any, x8_gmem: Any, scale_gmem: Any) -> None:
+    def body(x_gmem: Any, place_gmem: Any, x8_gmem: Any, scale_gmem: Any) -> None:
         row = lax.axis_index("row")
         token = jnp.minimum(row, m - 1)
+        targets = [row] if place is None else [place_gmem[row * place.shape[1] + i] for i in range(place.shape[1])]
 
         def read(first: Any) -> Array:
             values = plgpu.load(x_gmem.at[token, pl.ds(first, columns)], layout=layout, optimized=False)
@@ -113,7 +118,8 @@ def _quantize(x: Array, rows: int, *, gated: bool) -> tuple[Array, Array]:
             most = lax.fori_loop(0, parts, largest, most)
         most, limit = (everywhere(v, _THREADS, _ONE_EACH) for v in (jnp.max(most), jnp.float32(E4M3_MAX)))
         scale = jnp.max(jnp.maximum(_with_threads(_DIVIDE, [most, limit], _ONE_EACH), MIN_SCALE))
-        scale_gmem[row] = scale
+        for target in targets:
+            scale_gmem[target] = scale
         one, divisor = (everywhere(v, _THREADS, _ONE_EACH) for v in (jnp.float32(1), scale))
         inverse = everywhere(jnp.max(_with_threads(_DIVIDE, [one, divisor], _ONE_EACH)))
         divisor = everywhere(scale)
@@ -122,7 +128,9 @@ def _quantize(x: Array, rows: int, *, gated: bool) -> tuple[Array, Array]:
             text, operands = (_DIVIDE_BY_INVERSE, [divisor, inverse]) if short else (_DIVIDE, [divisor])
             values = held[i].astype(jnp.float32) if holds else part(i)
             quotients = _with_threads(text, [values, *operands], layout)
-            x8_gmem[row, pl.ds(i * columns, columns)] = quotients.astype(jnp.float8_e4m3fn)
+            rounded = quotients.astype(jnp.float8_e4m3fn)
+            for target in targets:
+                x8_gmem[target, pl.ds(i * columns, columns)] = rounded
 
         if holds:
             for i in range(parts):
@@ -133,9 +141,9 @@ def _quantize(x: Array, rows: int, *, gated: bool) -> tuple[Array, Array]:
     x8, scale = plgpu.kernel(
         body,
         out_type=(jax.ShapeDtypeStruct((rows, k), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((rows,), jnp.float32)),
-        grid=(rows,),
+        grid=(rows if place is None else m,),
         grid_names=("row",),
-    )(x)
+    )(x, None if place is None else place.reshape(-1))
     return x8, scale[:, None]
 
 

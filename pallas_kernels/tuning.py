@@ -28,7 +28,6 @@ ENVIRONMENT = "W4A8JAX_TUNED"
 
 # Part of the key of jit's caches: what was compiled under one configuration does not run under another.
 _forced: Any = jax.make_user_context(None)
-_one_kernel: Any = jax.make_user_context(False)
 
 
 def hopper() -> bool:
@@ -94,21 +93,6 @@ def force_config(config: TuningConfig | None) -> Iterator[None]:
     """
     with _forced(config):
         yield
-
-
-@contextmanager
-def quantize_in_one_kernel(on: bool = True) -> Iterator[None]:
-    """Within it, activations before kernels are quantized by `quantize_kernel`, not by what XLA makes of it.
-
-    What is computed is the same, but for silu's last bits. Not the default: it was not timed yet.
-    """
-    with _one_kernel(on):
-        yield
-
-
-def quantizes_in_one_kernel() -> bool:
-    """Whether `quantize_in_one_kernel` is on."""
-    return bool(_one_kernel.value)
 
 
 def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:

@@ -79,15 +79,6 @@ def test_experts_meet_the_rows_of_their_tokens(tokens: int, top_k: int, monkeypa
     with pytest.raises(W4A8Error, match="expected a weight prepared for w4a16"):
         moe_mlp(x, router, *prepared, top_k=top_k, scheme="w4a16")
 
-    def quantize_tokens(x: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-        return quantize_activations(jnp.concatenate([x, jnp.repeat(x[-1:], rows - len(x), axis=0)]))
-
-    monkeypatch.setattr(ops, "quantize_tokens", quantize_tokens)
-    monkeypatch.setattr(ops, "quantize_gated", lambda x, rows: quantize_tokens(ops.gated(x), rows))
-    with tuning.quantize_in_one_kernel():
-        again = w4a8_moe_mlp(x, router, *prepared, top_k=top_k).astype(jnp.float32)
-    np.testing.assert_array_equal(again, found)
-
 
 def random_sizes(rng: np.random.Generator, experts: int, m: int, kind: int) -> np.ndarray:
     """Uniform, skewed, or all to one expert, with up to a fifth of the rows left over."""

@@ -56,6 +56,34 @@ def test_interpreted(m: int, k: int, rows: int, dtype: str, monkeypatch: pytest.
     check(interpreted(monkeypatch, quantize_tokens, x, rows), x, rows)
 
 
+def check_placed(found: tuple[jax.Array, jax.Array], x: jax.Array, place: jax.Array) -> None:
+    for value, expected in zip(found, quantize_activations(x), strict=True):
+        rows = np.asarray(value)[np.asarray(place)]
+        np.testing.assert_array_equal(
+            rows.view(np.uint8), np.repeat(np.asarray(expected)[:, None], place.shape[1], 1).view(np.uint8)
+        )
+
+
+def placed(m: int, top_k: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(m).permutation(m * top_k).reshape(m, top_k), jnp.int32)
+
+
+@pytest.mark.parametrize(("m", "k", "top_k", "rows"), [(3, 1024, 2, 8), (2, 384, 8, 16)])
+def test_placed_interpreted(m: int, k: int, top_k: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, place = tokens(m, k, "bfloat16"), placed(m, top_k)
+    check_placed(interpreted(monkeypatch, lambda x, rows: quantize_tokens(x, rows, place), x, rows), x, place)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not tuning.hopper(), reason="no Hopper GPU")
+@pytest.mark.parametrize(
+    ("m", "k", "top_k", "dtype"), [(1, 2048, 8, "bfloat16"), (999, 4096, 2, "bfloat16"), (77, 18432, 8, "float32")]
+)
+def test_placed_on_gpu(m: int, k: int, top_k: int, dtype: str) -> None:
+    x, place = tokens(m, k, dtype), placed(m, top_k)
+    check_placed(quantize_tokens(x, m * top_k + 8, place), x, place)
+
+
 def gated(gate_up: jax.Array) -> jax.Array:
     gate, up = jnp.split(gate_up, 2, axis=-1)
     silu = round_to(jax.nn.silu(gate.astype(jnp.float32)), gate_up.dtype)

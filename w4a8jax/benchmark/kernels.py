@@ -129,15 +129,13 @@ class OurKernel(Kernel):
 
 @dataclasses.dataclass(frozen=True)
 class OurOp(OurKernel):
-    """`w4a8_matmul` with what comes before the kernel: bf16 activations are quantized, by XLA or by one kernel."""
-
-    one_kernel: bool = False
+    """`w4a8_matmul`, with the quantization of bf16 activations before the kernel."""
 
     def compiled(self, m: int, n: int, k: int, config: TuningConfig) -> Callable[[Any, Any], Any]:
         """The product in a configuration."""
 
         def product(x: Any, w: FragmentWeight) -> Any:
-            with tuning.force_config(config), tuning.quantize_in_one_kernel(self.one_kernel):
+            with tuning.force_config(config):
                 return w4a8_matmul(x, w)
 
         x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
@@ -174,8 +172,7 @@ def our_kernels() -> list[Kernel]:
 
 def our_ops() -> list[Kernel]:
     """Our op from bf16 activations on."""
-    names = ("w4a8 op, quantization by XLA", "w4a8 op, quantization in one kernel")
-    return [OurOp(name, "w4a8", 0.5 + 1 / 128, 2, -7, 5.5e-3, one_kernel=bool(i)) for i, name in enumerate(names)]
+    return [OurOp("w4a8 op", "w4a8", 0.5 + 1 / 128, 2, -7, 5.5e-3)]
 
 
 def jax_kernels() -> list[Kernel]:

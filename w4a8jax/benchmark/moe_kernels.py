@@ -87,11 +87,8 @@ class OurExperts(ExpertsKernel):
     """
 
     numerics: Numerics = "lut"
-    one_kernel: bool = False  # quantizes in an MLP
 
     def takes(self, point: Point) -> bool:
-        if self.one_kernel and point.product != "mlp":
-            return False
         # The MLP differs in its products only, and compiling two kernels for each point takes its time.
         return point.product != "mlp" or (self.numerics == "lut" and self.code_min == -7)
 
@@ -125,11 +122,10 @@ class OurExperts(ExpertsKernel):
         model = point.model
 
         def mlp(inputs: Any, w: Any) -> Any:
-            with tuning.quantize_in_one_kernel(self.one_kernel):
-                return moe_mlp(*inputs, *w, top_k=model.top_k, selection=model.selection)
+            return moe_mlp(*inputs, *w, top_k=model.top_k, selection=model.selection)
 
         x = jax.ShapeDtypeStruct((point.tokens, model.hidden), jnp.bfloat16)
-        router = jax.ShapeDtypeStruct((model.experts, model.hidden), jnp.float32)
+        router = jax.ShapeDtypeStruct((model.experts, model.hidden), jnp.bfloat16)
         weights = [self._abstract_weight(model.experts, n, k) for n, k in point.shapes]
         # cuBLAS's algorithm for the router is chosen by measuring, which takes milliseconds; compiling takes seconds,
         # and goes on beside other processes.
@@ -149,7 +145,7 @@ class OurExperts(ExpertsKernel):
 
     def inputs(self, point: Point, tokens: Tokens | MlpInputs) -> list[Any]:
         if isinstance(tokens, MlpInputs):
-            return [(tokens.x, router) for router in tokens.routers]
+            return [(tokens.x, router.astype(jnp.bfloat16)) for router in tokens.routers]
         return [(*tokens.fp8[i], jnp.asarray(point.routes.sizes(i))) for i in range(point.routes.sets)]
 
 
@@ -217,8 +213,7 @@ def our_experts() -> list[ExpertsKernel]:
     """Ours, one for each form of the weights; tolerances are those of `kernels.our_kernels`."""
     lut = [OurExperts(f"grouped lut {c}", "w4a8", 0.5 + 1 / 128, 1, c, 5.5e-3) for c in (-7, -8)]
     exact = OurExperts("grouped exact", "exact", 0.5 + 4 / 128, 1, -7, 4e-3, "exact")
-    one_kernel = OurExperts("grouped lut -7, one kernel", "w4a8", 0.5 + 1 / 128, 1, -7, 5.5e-3, one_kernel=True)
-    return [*lut, one_kernel, exact]
+    return [*lut, exact]
 
 
 def jax_experts() -> list[ExpertsKernel]:

@@ -26,6 +26,7 @@ first.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -177,9 +178,9 @@ def dense_gemm(
             my_blocks = [warpgroup * config.row_blocks + b for b in range(config.row_blocks)]
 
             def epilogue(first_block: Any, first_token: Any, scales: Any, results: Any) -> None:
-                def copy(block: Any, first: int) -> None:
+                def copy(block: Any, first: int, count: int) -> None:
                     rows = pl.ds((first_block + block) * TILE_ROWS, TILE_ROWS)
-                    tokens = pl.ds(first_token + first, config.staged_tokens)
+                    tokens = pl.ds(first_token + first, count)
                     plgpu.copy_smem_to_gmem(staging.out_smem.at[block], out_gmem.at[tokens, rows])
 
                 staging.store(my_blocks, scales, results, copy)
@@ -241,7 +242,8 @@ def dense_gemm(
                 def _(ki: Array) -> None:
                     columns = pl.ds(ki * TILE_COLUMNS, TILE_COLUMNS)
                     x_tile = x_gmem.at[pl.ds(first_token, config.tile_tokens), columns]
-                    pipeline.fill(done + ki - low, words_gmem.at[rows, ki], scales_gmem.at[rows, ki], x_tile)
+                    copy_tokens = functools.partial(pipeline.copy_tokens, x_tile)
+                    pipeline.fill(done + ki - low, words_gmem.at[rows, ki], scales_gmem.at[rows, ki], copy_tokens)
 
                 return done + high - low
 

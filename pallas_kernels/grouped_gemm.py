@@ -7,7 +7,7 @@ It is the dense kernel with another schedule and other stores; its pipeline and 
     memory warpgroup                              compute warpgroups
     scans the groups' sizes: tables of tiles      wait for the tables
     for each tile of this block:                  for each tile of this block:
-      look up its group, rows and tokens            the same
+      look up its group, rows and tokens            wait for what was found
       for each K step: TMA -> slot, tables          for each K step: dequantize, wgmma
                                                     scale, transpose, store the group's own rows
                                                   zeros to rows of no group
@@ -15,9 +15,10 @@ It is the dense kernel with another schedule and other stores; its pipeline and 
 Tiles begin at multiples of 8 tokens, groups anywhere (`group_schedule`). A tile that is all its group's leaves as one
 copy by TMA; another one in eights of tokens, but for those that it shares with another group, of which its own rows
 are stored by threads. So no row is written twice, nothing is padded in memory, and a group without tokens costs
-nothing. Tiles are dealt out to blocks in turn.
+nothing. Of a large tile with few tokens, half is computed. Tiles are dealt out to blocks in turn.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -85,6 +86,18 @@ def grouped_gemm(
     grid = config.ctas // config.cluster
     k_steps = k // TILE_COLUMNS
     zeros = next(c for c in (1024, 512, 256, 128) if n % c == 0)  # columns at a time
+    # The memory warpgroup looks up a tile while compute warpgroups store another, as many K steps behind as there are
+    # slots, and read what was found of that one.
+    described_tiles = config.stages + 2
+    half = config.tile_tokens // 2 if config.tile_tokens >= 128 and config.tile_tokens % 16 == 0 else None
+
+    def by_size(tokens: Any, do: Callable[[int], None]) -> None:
+        """Does it for half of a large tile, if that is all of the tile's tokens, or for the whole tile."""
+        if half is None:
+            do(config.tile_tokens)
+            return
+        pl.when(tokens <= half)(lambda: do(half))
+        pl.when(tokens > half)(lambda: do(config.tile_tokens))
 
     def body(
         words_gmem: Any,
@@ -98,6 +111,8 @@ def grouped_gemm(
         before_smem: Any,
         sums_smem: Any,
         scanned: Any,
+        tiles_smem: Any,
+        described: Any,
         **scratch: Any,
     ) -> None:
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
@@ -108,9 +123,20 @@ def grouped_gemm(
             tiles = total(before_smem) * schedule.n_tiles
             return lax.div(tiles + (grid - 1) - cta, grid)
 
-        def my_tile(index: Any) -> tuple[Any, ...]:
+        def describe(index: Any) -> tuple[Any, ...]:
+            """Looks a tile up, for the compute warpgroups too."""
             group, n_tile, *tokens = schedule.tile(cta + index * grid, rows_smem, before_smem)
-            return group, (n_tile * config.cluster + rank) * blocks, *tokens
+            block = (n_tile * config.cluster + rank) * blocks
+            found, entry = (group * (n // TILE_ROWS) + block, block, *tokens), lax.rem(index, described_tiles)
+            for i, value in enumerate(found):
+                tiles_smem[entry, i] = value
+            plgpu.barrier_arrive(described.at[entry])
+            return found
+
+        def my_tile(index: Any) -> tuple[Any, ...]:
+            """Of all experts' row blocks the first, of its expert's, its first token, and its own rows: low to high."""
+            values = [tiles_smem[lax.rem(index, described_tiles), i] for i in range(5)]
+            return *values[:2], pl.multiple_of(values[2], ALIGNMENT), *values[3:]
 
         @pl.when(warpgroup < config.warpgroups)
         def _() -> None:
@@ -120,16 +146,25 @@ def grouped_gemm(
             plgpu.barrier_wait(scanned)
 
             def compute(index: Any, done: Any) -> Any:
-                group, first_block, first_token, _, _ = my_tile(index)
+                plgpu.barrier_wait(described.at[lax.rem(index, described_tiles)])
+                expert_block, _, first_token, _, high = my_tile(index)
                 staging.fetch_token_scales(token_scale_gmem, first_token)
-                scales = row_scales(channel_scale_gmem, group * (n // TILE_ROWS) + first_block, my_blocks)
-                results = pipeline.products(my_blocks, 0, k_steps // config.steps_at_once, done)
-                staging.await_token_scales()
-                # Looked up again, which is cheaper than to hold it in registers meanwhile.
-                _, first_block, first_token, low, high = my_tile(index)
-                whole = (low == first_token) & (high == first_token + config.tile_tokens)
+                scales = row_scales(channel_scale_gmem, expert_block, my_blocks)
 
-                def copy(block: Any, first: int) -> None:
+                def tile(count: int) -> None:
+                    results = pipeline.products(my_blocks, 0, k_steps // config.steps_at_once, done, count)
+                    staging.await_token_scales()
+                    store(index, scales, results)
+
+                by_size(high - first_token, tile)
+                return done + k_steps
+
+            def store(index: Any, scales: Any, results: Any) -> None:
+                # Read again, which is cheaper than to hold it in registers meanwhile.
+                _, first_block, first_token, low, high = my_tile(index)
+                whole = (low == first_token) & (high == first_token + results[0].shape[1])
+
+                def copy(block: Any, first: int, piece: int) -> None:
                     columns = pl.ds((first_block + block) * TILE_ROWS, TILE_ROWS)
 
                     def tokens(start: Any, count: int) -> None:
@@ -138,12 +173,12 @@ def grouped_gemm(
                             out_gmem.at[pl.ds(first_token + first + start, count), columns],
                         )
 
-                    pl.when(whole)(lambda: tokens(0, config.staged_tokens))
+                    pl.when(whole)(lambda: tokens(0, piece))
 
                     @pl.when(jnp.logical_not(whole))
                     def own_rows() -> None:
                         start = jnp.maximum(low - first_token - first, 0)
-                        end = jnp.minimum(high - first_token - first, config.staged_tokens)
+                        end = jnp.minimum(high - first_token - first, piece)
 
                         @pl.loop(start >> 3, (end + 7) >> 3)
                         def eight(i: Any) -> None:
@@ -158,7 +193,6 @@ def grouped_gemm(
                                 store_rows(values, out_gmem, token, columns.start, low, high)
 
                 staging.store(my_blocks, scales, results, copy)
-                return done + k_steps
 
             lax.fori_loop(0, my_tiles(), compute, 0)
 
@@ -181,14 +215,19 @@ def grouped_gemm(
             plgpu.barrier_arrive(scanned)
 
             def load(index: Any, done: Any) -> Any:
-                group, first_block, first_token, _, _ = my_tile(index)
-                rows = pl.ds(group * (n // TILE_ROWS) + first_block, blocks)
+                expert_block, _, first_token, _, high = describe(index)
+                rows = pl.ds(expert_block, blocks)
 
                 @pl.loop(0, k_steps)
                 def step(ki: Array) -> None:
-                    columns = pl.ds(ki * TILE_COLUMNS, TILE_COLUMNS)
-                    x_tile = x_gmem.at[pl.ds(first_token, config.tile_tokens), columns]
-                    pipeline.fill(done + ki, words_gmem.at[rows, ki], scales_gmem.at[rows, ki], x_tile)
+                    def copy_tokens(slot: Any) -> None:
+                        def some(count: int) -> None:
+                            tokens, columns = pl.ds(first_token, count), pl.ds(ki * TILE_COLUMNS, TILE_COLUMNS)
+                            pipeline.copy_tokens(x_gmem.at[tokens, columns], slot)
+
+                        by_size(high - first_token, some)
+
+                    pipeline.fill(done + ki, words_gmem.at[rows, ki], scales_gmem.at[rows, ki], copy_tokens)
 
                 return done + k_steps
 
@@ -208,6 +247,8 @@ def grouped_gemm(
             "before_smem": plgpu.SMEM((schedule.table_size,), jnp.int32),
             "sums_smem": plgpu.SMEM((8,), jnp.int32),
             "scanned": plgpu.Barrier(),
+            "tiles_smem": plgpu.SMEM((described_tiles, 8), jnp.int32),
+            "described": plgpu.Barrier(num_barriers=described_tiles),
             **scratch_types(config, w.form, w.scales.dtype, x.dtype),
         },
         **cluster,

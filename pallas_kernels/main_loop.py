@@ -114,12 +114,16 @@ class Pipeline:
 
     # The compute warpgroups' side
 
-    def products(self, my_blocks: list[Any], low: Any, high: Any, done: Any) -> list[Array]:
-        """A tile's sums over steps `low` to `high` (pairs of K steps for one row block), fp32, one for each block."""
+    def products(self, my_blocks: list[Any], low: Any, high: Any, done: Any, tokens: int | None = None) -> list[Array]:
+        """A tile's sums over steps `low` to `high` (pairs of K steps for one row block), fp32, one for each block.
+
+        Of the tile's first tokens, where it has no more than so many.
+        """
         config = self.config
-        accumulators = [plgpu.ACC((TILE_ROWS, config.tile_tokens))] * config.row_blocks
+        tokens = tokens or config.tile_tokens
+        accumulators = [plgpu.ACC((TILE_ROWS, tokens))] * config.row_blocks
         if self.form in SUMS_BY_GROUP:
-            zero = jnp.zeros((TILE_ROWS, config.tile_tokens), jnp.float32)
+            zero = jnp.zeros((TILE_ROWS, tokens), jnp.float32)
             zeros = [plgpu.layout_cast(zero, plgpu.Layout.WGMMA) for _ in my_blocks]
 
             def step(_: Any, carry: Any) -> Any:
@@ -150,11 +154,16 @@ class Pipeline:
                 words = plgpu.load(self.words_smem.at[slot, block], layout=WORDS)
                 tables_smem = self.tables_smem if table_words(self.form) else self.scales_smem
                 tables = load_tables(tables_smem.at[slot, block], self.form)
-                plgpu.wgmma(accumulator, dequantize_tile(words, tables, self.form), self.x_smem.at[slot].T)
+                plgpu.wgmma(accumulator, dequantize_tile(words, tables, self.form), self._tokens(slot, accumulator))
                 plgpu.wgmma_wait(1)
                 if i == 0 and before is not None:
                     plgpu.barrier_arrive(self.consumed.at[before])
         return slot
+
+    def _tokens(self, slot: Any, accumulator: Any) -> Any:
+        """The tokens of a slot that an accumulator is for, transposed."""
+        count = accumulator.shape[1]
+        return (self.x_smem.at[slot] if count == self.config.tile_tokens else self.x_smem.at[slot, pl.ds(0, count)]).T
 
     def _multiply_exactly(self, my_blocks: list[Any], accumulators: list[Any], sums: Any, slot: Any) -> list[Array]:
         """Adds a step's products times the scales of its groups, which codes do not hold."""
@@ -163,7 +172,7 @@ class Pipeline:
         def products(*parts: Any) -> list[Array]:
             for block, part in zip(my_blocks, parts, strict=True):
                 words = plgpu.load(self.words_smem.at[slot, block], layout=WORDS)
-                plgpu.wgmma(part, dequantize_tile(words, [], self.form), self.x_smem.at[slot].T)
+                plgpu.wgmma(part, dequantize_tile(words, [], self.form), self._tokens(slot, part))
             return [part[...] for part in parts]
 
         parts = pl.run_scoped(products, *accumulators)
@@ -177,8 +186,21 @@ class Pipeline:
 
     # The memory warpgroup's side
 
-    def fill(self, i: Any, words: Any, scales: Any, x: Any) -> None:
-        """Starts the copies of a step, from these slices of global memory; makes tables of an earlier one."""
+    def copy_tokens(self, x: Any, slot: Any) -> None:
+        """Starts the copy of a step's tokens, [tile_tokens or fewer, 128] in global memory."""
+        together = "rank" if self.config.cluster > 1 else None
+        to = (
+            self.x_smem.at[slot]
+            if x.shape[0] == self.config.tile_tokens
+            else self.x_smem.at[slot, pl.ds(0, x.shape[0])]
+        )
+        plgpu.copy_gmem_to_smem(x, to, self.full.at[slot], collective_axes=together)
+
+    def fill(self, i: Any, words: Any, scales: Any, copy_tokens: Callable[[Any], None]) -> None:
+        """Starts the copies of a step, from these slices of global memory; makes tables of an earlier one.
+
+        `copy_tokens(slot)` calls the method of that name once.
+        """
         config = self.config
         slot = lax.rem(i, config.stages)
         uses_tables = table_words(self.form) > 0
@@ -186,8 +208,7 @@ class Pipeline:
         plgpu.copy_gmem_to_smem(words, self.words_smem.at[slot], self.full.at[slot])
         arrived = self.scales_full if uses_tables else self.full
         plgpu.copy_gmem_to_smem(scales, self.scales_smem.at[slot], arrived.at[slot])
-        together = "rank" if config.cluster > 1 else None
-        plgpu.copy_gmem_to_smem(x, self.x_smem.at[slot], self.full.at[slot], collective_axes=together)
+        copy_tokens(slot)
         if uses_tables:
             pl.when(i >= self.lag)(lambda: self._make_tables(i - self.lag))
 
@@ -244,23 +265,25 @@ class Staging:
         my_blocks: list[Any],
         scales: list[Array],
         results: Any,
-        copy: Callable[[Any, int], None],
+        copy: Callable[[Any, int, int], None],
     ) -> None:
-        """Scales a tile, and stages it, in pieces: `copy(block, first)` starts the copy of a piece's block."""
-        staged_tokens = self.config.staged_tokens
+        """Scales a tile, and stages it, in pieces.
+
+        `copy(block, first, count)` starts the copy of a piece's block, of so many tokens from the first on.
+        """
+        tokens = results[0].shape[1]
+        staged_tokens = min(self.config.staged_tokens, tokens)
         part = next(p for p in (32, 24, 16, 8) if staged_tokens % p == 0)
-        for first in range(0, self.config.tile_tokens, staged_tokens):
+        for first in range(0, tokens, staged_tokens):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for block, scale_n, result in zip(my_blocks, scales, results, strict=True):
                 # In parts, so that few token scales are in registers at a time.
                 for start in range(first, first + staged_tokens, part):
                     values = self._scaled(result[:, start : start + part], scale_n, start, part).astype(jnp.bfloat16)
-                    self.out_smem.at[block, pl.ds(start - first, part)].T[...] = plgpu.layout_cast(
-                        values, plgpu.Layout.WGMMA_TRANSPOSED
-                    )
+                    self.out_smem.at[block, pl.ds(start - first, part)].T[...] = values  # by stmatrix
             plgpu.commit_smem()
             for block in my_blocks:
-                copy(block, first)
+                copy(block, first, staged_tokens)
 
     def _scaled(self, result: Any, scale_n: Any, start: int, part: int) -> Any:
         if self.token_scale_smem is not None:

@@ -2,11 +2,13 @@
 
 Rows of the product are sorted by group. A group's tiles of tokens begin at the multiple of 8 at or before its first
 row, which is where the copy engine's tiles can begin; of their rows, those of other groups are computed and dropped.
-Tiles are numbered group by group; within a group, tiles of tokens follow each other for the same rows of weights, so
-that weights come from memory once. A group without rows has no tiles.
+Tiles are numbered group by group; within a group, a few tiles of tokens follow each other for the same rows of weights,
+for all of these, before the next few: so operands come from memory once, if the cache holds the tokens of a few tiles.
+A group without rows has no tiles.
 
-Two tables say it all, each of a power of two of entries, the last of which is the total: how many rows, and how many
-tiles of tokens, come before each group.
+Tables say it all, each of a power of two of entries, the last of which is the total: how many rows, and how many tiles
+of tokens, come before each group. Where a group's last tile may be half of one, and tiles are so few that blocks would
+end at different times, halves are left for the end, and have a table of their own.
 """
 
 import dataclasses
@@ -31,11 +33,18 @@ class GroupSchedule:
         groups: how many there are.
         n_tiles: tiles of a group along the rows of its weight.
         tile_tokens: rows of a tile of tokens.
+        halves_last: whether last tiles of groups that are at most half full come after all others.
     """
 
     groups: int
     n_tiles: int
     tile_tokens: int
+    halves_last: bool = False
+
+    @property
+    def strip(self) -> int:
+        """Tiles of tokens that share rows of weights before the next rows."""
+        return max(1, 2048 // self.tile_tokens)
 
     @property
     def table_size(self) -> int:
@@ -48,20 +57,39 @@ class GroupSchedule:
         Args:
             tile: less than `tiles`.
             rows: the table of rows before each group.
-            before: the table of tiles of tokens before each group.
+            before: the table of tiles of tokens before each group, and after it, with `halves_last`, that of halves.
         """
+        table, late = 0 * tile, False
+        if self.halves_last:
+            others = before[self.table_size - 1] * self.n_tiles
+            late = tile >= others
+            table, tile = jnp.where(late, self.table_size, 0), jnp.where(late, tile - others, tile)
         entry = lax.div(tile, self.n_tiles)
-        group = 0 * tile
+        at = table
         step = self.table_size // 2
         while step:  # the last group with no more before it
-            group = jnp.where(before[group + step] <= entry, group + step, group)
+            at = jnp.where(before[at + step] <= entry, at + step, at)
             step //= 2
-        first, row, end = before[group], rows[group], rows[group + 1]
-        m_tiles = before[group + 1] - first
+        group = at - table
+        first, row, end = before[at], rows[group], rows[group + 1]
+        m_tiles = before[at + 1] - first
         local = tile - first * self.n_tiles
-        n_tile = lax.div(local, m_tiles)
-        token = (row & -ALIGNMENT) + (local - n_tile * m_tiles) * self.tile_tokens
+        strip = lax.div(local, self.strip * self.n_tiles) * self.strip
+        local = local - strip * self.n_tiles
+        width = jnp.minimum(m_tiles - strip, self.strip)
+        n_tile = lax.div(local, width)
+        m_tile = strip + local - n_tile * width
+        if self.halves_last:
+            m_tile = m_tile + jnp.where(late, before[group + 1] - before[group], 0)
+        token = (row & -ALIGNMENT) + m_tile * self.tile_tokens
         return group, n_tile, token, jnp.maximum(row, token), jnp.minimum(end, token + self.tile_tokens)
+
+    def tiles(self, before: Any) -> Any:
+        """How many there are."""
+        count = total(before, self.table_size - 1)
+        if self.halves_last:
+            count = count + total(before, 2 * self.table_size - 1)
+        return count * self.n_tiles
 
 
 def scan(sizes: Any, rows: Any, before: Any, sums: Any, schedule: GroupSchedule, m: int) -> None:
@@ -70,8 +98,8 @@ def scan(sizes: Any, rows: Any, before: Any, sums: Any, schedule: GroupSchedule,
     Args:
         sizes: int32 [groups], in global memory.
         rows: int32 [table_size], in shared memory.
-        before: int32 [table_size], in shared memory.
-        sums: int32 [8], in shared memory, for the scan's own use.
+        before: int32 [table_size], or twice as many with `halves_last`, in shared memory.
+        sums: int32 [12], in shared memory, for the scan's own use.
         schedule: what they are for.
         m: rows of the product.
     """
@@ -87,24 +115,33 @@ def scan(sizes: Any, rows: Any, before: Any, sums: Any, schedule: GroupSchedule,
             exists = arith.cmpi(arith.CmpIPredicate.slt, group, _c(schedule.groups))
             sized.append(arith.select(exists, arith.maxsi(size, _c(0)), _c(0)))
         firsts = _exclusive_sums(sized, sums, 0, thread)
-        tiles = []
+        tiles, halves = [], []
         for i, (size, first) in enumerate(zip(sized, firsts, strict=True)):
             end = arith.minsi(arith.addi(first, size), _c(m))
             firsts[i] = first = arith.minsi(first, _c(m))
             aligned = arith.andi(first, _c(-ALIGNMENT))
             rounded = arith.addi(arith.subi(end, aligned), _c(schedule.tile_tokens - 1))
             some = arith.cmpi(arith.CmpIPredicate.slt, first, end)
-            tiles.append(arith.select(some, arith.divui(rounded, _c(schedule.tile_tokens)), _c(0)))
-        for table, values in ((rows, firsts), (before, _exclusive_sums(tiles, sums, 4, thread))):
+            whole = arith.select(some, arith.divui(rounded, _c(schedule.tile_tokens)), _c(0))
+            if schedule.halves_last:
+                past = arith.remui(rounded, _c(schedule.tile_tokens))  # the last tile's tokens, less one
+                half = arith.cmpi(arith.CmpIPredicate.slt, past, _c(schedule.tile_tokens // 2))
+                halves.append(arith.select(arith.andi(some, half), _c(1), _c(0)))
+                whole = arith.subi(whole, halves[-1])
+            tiles.append(whole)
+        tables = [(rows, firsts, 0), (before, _exclusive_sums(tiles, sums, 4, thread), 0)]
+        if halves:
+            tables.append((before, _exclusive_sums(halves, sums, 8, thread), schedule.table_size))
+        for table, values, at in tables:
             for group, value in zip(groups, values, strict=True):
-                memref.store(value, table, [_index(group)])
+                memref.store(value, table, [_index(arith.addi(group, _c(at)))])
         mgpu.utils.warpgroup_barrier()
 
     scanned(sizes, rows, before, sums)
 
 
-def total(table: Any) -> Any:
-    """The last entry, so that the compiler knows that it is the same for all threads of a warp.
+def total(table: Any, at: int) -> Any:
+    """The entry at `at`, the last of a table, so that the compiler knows that it is the same for all threads of a warp.
 
     Loops up to it then count slots in registers of the warp.
     """
@@ -112,7 +149,7 @@ def total(table: Any) -> Any:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=return_type)
     def last(_: Any, table: Any) -> Any:
-        value = memref.load(table, [_index(_c(ir.MemRefType(table.type).shape[0] - 1))])
+        value = memref.load(table, [_index(_c(at))])
         text = "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;"
         value = llvm.inline_asm(value.type, [value], text, "=r,r", has_side_effects=True)
         return mgpu.FragmentedArray.splat(value, (), is_signed=True)

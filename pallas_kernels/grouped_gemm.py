@@ -38,6 +38,8 @@ from .row_stores import store_rows
 
 # Bytes of shared memory beside the dense kernel's, for the tables of up to 1023 groups.
 MOST_GROUPS = 1023
+# With fewer tiles a block, halves of tiles come last. Weights are then read once more for them.
+_WAVES = 16
 
 
 def check(config: TuningConfig, groups: int, n: int, k: int, form: str) -> None:
@@ -47,7 +49,7 @@ def check(config: TuningConfig, groups: int, n: int, k: int, form: str) -> None:
     if not 1 <= groups <= MOST_GROUPS:
         raise W4A8Error(f"grouped kernel: 1 to {MOST_GROUPS} groups, found {groups}")
     table = -(-4 * GroupSchedule(groups, 1, 8).table_size // 1024) * 1024  # as shared memory is given out
-    config.check(n, k, form, more=2 * table + 1024)
+    config.check(n, k, form, more=3 * table + 2048)
 
 
 def grouped_gemm(
@@ -82,14 +84,16 @@ def grouped_gemm(
     check(config, groups, n, k, w.form)
     blocks = config.row_blocks * config.warpgroups
     # Blocks of a cluster compute neighbouring rows of the same tokens.
-    schedule = GroupSchedule(groups, n // config.tile_rows // config.cluster, config.tile_tokens)
     grid = config.ctas // config.cluster
+    n_tiles = n // config.tile_rows // config.cluster
+    half = config.tile_tokens // 2 if config.tile_tokens >= 128 and config.tile_tokens % 16 == 0 else None
+    few = m * n_tiles < _WAVES * grid * config.tile_tokens
+    schedule = GroupSchedule(groups, n_tiles, config.tile_tokens, halves_last=half is not None and few)
     k_steps = k // TILE_COLUMNS
     zeros = next(c for c in (1024, 512, 256, 128) if n % c == 0)  # columns at a time
     # The memory warpgroup looks up a tile while compute warpgroups store another, as many K steps behind as there are
     # slots, and read what was found of that one.
     described_tiles = config.stages + 2
-    half = config.tile_tokens // 2 if config.tile_tokens >= 128 and config.tile_tokens % 16 == 0 else None
 
     def by_size(tokens: Any, do: Callable[[int], None]) -> None:
         """Does it for half of a large tile, if that is all of the tile's tokens, or for the whole tile."""
@@ -120,8 +124,7 @@ def grouped_gemm(
         pipeline = Pipeline.of(config, w.form, scratch)
 
         def my_tiles() -> Any:
-            tiles = total(before_smem) * schedule.n_tiles
-            return lax.div(tiles + (grid - 1) - cta, grid)
+            return lax.div(schedule.tiles(before_smem) + (grid - 1) - cta, grid)
 
         def describe(index: Any) -> tuple[Any, ...]:
             """Looks a tile up, for the compute warpgroups too."""
@@ -198,7 +201,7 @@ def grouped_gemm(
 
             me = (cta * config.cluster + rank) * config.warpgroups + warpgroup
 
-            @pl.loop(total(rows_smem) + me, m, step=grid * config.cluster * config.warpgroups)
+            @pl.loop(total(rows_smem, schedule.table_size - 1) + me, m, step=grid * config.cluster * config.warpgroups)
             def clear_row(row: Any) -> None:
                 @pl.loop(0, n // zeros)
                 def clear_part(i: Any) -> None:
@@ -244,8 +247,8 @@ def grouped_gemm(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         scratch_types={
             "rows_smem": plgpu.SMEM((schedule.table_size,), jnp.int32),
-            "before_smem": plgpu.SMEM((schedule.table_size,), jnp.int32),
-            "sums_smem": plgpu.SMEM((8,), jnp.int32),
+            "before_smem": plgpu.SMEM((schedule.table_size * (1 + schedule.halves_last),), jnp.int32),
+            "sums_smem": plgpu.SMEM((12,), jnp.int32),
             "scanned": plgpu.Barrier(),
             "tiles_smem": plgpu.SMEM((described_tiles, 8), jnp.int32),
             "described": plgpu.Barrier(num_barriers=described_tiles),

@@ -274,23 +274,28 @@ class Staging:
         tokens = results[0].shape[1]
         staged_tokens = min(self.config.staged_tokens, tokens)
         part = next(p for p in (32, 24, 16, 8) if staged_tokens % p == 0)
+        scale_m = self._token_scales(0, part)
         for first in range(0, tokens, staged_tokens):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for block, scale_n, result in zip(my_blocks, scales, results, strict=True):
-                # In parts, so that few token scales are in registers at a time.
-                for start in range(first, first + staged_tokens, part):
-                    values = self._scaled(result[:, start : start + part], scale_n, start, part).astype(jnp.bfloat16)
+            # In parts, so that few token scales are in registers at a time; those of the next are on their way.
+            for start in range(first, first + staged_tokens, part):
+                following = self._token_scales(start + part, part) if start + part < tokens else None
+                for block, scale_n, result in zip(my_blocks, scales, results, strict=True):
+                    values = _scaled(result[:, start : start + part], scale_n, scale_m).astype(jnp.bfloat16)
                     self.out_smem.at[block, pl.ds(start - first, part)].T[...] = values  # by stmatrix
+                scale_m = following
             plgpu.commit_smem()
             for block in my_blocks:
                 copy(block, first, staged_tokens)
 
-    def _scaled(self, result: Any, scale_n: Any, start: int, part: int) -> Any:
-        if self.token_scale_smem is not None:
-            scale_m = plgpu.load(
-                self.token_scale_smem.at[self.warpgroup, pl.ds(start, part)],
-                layout=plgpu.Layout.WGMMA.reduce(0),
-                optimized=False,
-            )
-            result = lax.broadcast_in_dim(scale_m, result.shape, (1,)) * result
-        return lax.broadcast_in_dim(scale_n, result.shape, (0,)) * result
+    def _token_scales(self, start: int, count: int) -> Any:
+        if self.token_scale_smem is None:
+            return None
+        scales = self.token_scale_smem.at[self.warpgroup, pl.ds(start, count)]
+        return plgpu.load(scales, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+
+
+def _scaled(result: Any, scale_n: Any, scale_m: Any) -> Any:
+    if scale_m is not None:
+        result = lax.broadcast_in_dim(scale_m, result.shape, (1,)) * result
+    return lax.broadcast_in_dim(scale_n, result.shape, (0,)) * result

@@ -220,7 +220,8 @@ w4a8_gated_rows.defvjp(lambda gate_up, w, _: _kernel_forward(gate_up, w), lambda
 
 def _grouped(x8: Array, token_scale: Array, w: FragmentWeight, group_sizes: Array, m: int) -> Array:
     """The first m rows of a product; x8 has rows beyond them, of no group, up to a multiple of the kernel's 8."""
-    config = tuning.choose_grouped(m, *w.shape, w.form)
+    experts, n, k = w.shape
+    config = tuning.choose_grouped(m, experts, n, k, w.form)
     return _grouped_gemm(x8, token_scale, w, group_sizes, config)[:m]
 
 

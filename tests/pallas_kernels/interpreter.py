@@ -28,7 +28,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret,
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dense_gemm, grouped_gemm, main_loop
+from pallas_kernels import dense_gemm, group_schedule, grouped_gemm, main_loop
 from pallas_kernels.fragments import FLAGS
 from pallas_kernels.group_schedule import GroupSchedule
 from pallas_kernels.register_dequantize import table_words
@@ -53,6 +53,7 @@ def run(monkeypatch: pytest.MonkeyPatch, function: Callable[..., jax.Array], *ar
             patch.setattr(dense_gemm, stand_in.__name__, stand_in)
         for stand_in in (scan, total, store_rows):
             patch.setattr(grouped_gemm, stand_in.__name__, stand_in)
+        patch.setattr(group_schedule, "total", total)
         parameters = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=COPIES)
         deadline = threading.Timer(LIMIT, _give_up)
         deadline.start()
@@ -149,14 +150,18 @@ def scan(sizes: Any, rows: Any, before: Any, sums: Any, schedule: GroupSchedule,
     size = jnp.maximum(sizes[...], 0)
     ends = jnp.minimum(jnp.cumsum(size), m)
     firsts = jnp.minimum(jnp.cumsum(size) - size, m)
-    tiles = jnp.where(ends > firsts, -(-(ends - firsts // 8 * 8) // schedule.tile_tokens), 0)
+    spans = ends - firsts // 8 * 8
+    tiles = jnp.where(ends > firsts, -(-spans // schedule.tile_tokens), 0)
+    halves = (ends > firsts) & ((spans - 1) % schedule.tile_tokens < schedule.tile_tokens // 2)
+    counts = [tiles - halves, halves.astype(jnp.int32)] if schedule.halves_last else [tiles]
     past = schedule.table_size - schedule.groups
     rows[...] = jnp.concatenate([firsts, jnp.full(past, ends[-1])]).astype(jnp.int32)
-    before[...] = jnp.concatenate([jnp.cumsum(tiles) - tiles, jnp.full(past, jnp.sum(tiles))]).astype(jnp.int32)
+    tables = [part for n in counts for part in (jnp.cumsum(n) - n, jnp.full(past, jnp.sum(n)))]
+    before[...] = jnp.concatenate(tables).astype(jnp.int32)
 
 
-def total(table: Any) -> Any:
-    return table[table.shape[0] - 1]
+def total(table: Any, at: int) -> Any:
+    return table[at]
 
 
 def store_rows(values: jax.Array, out: Any, token: Any, column: Any, low: Any, high: Any) -> None:

@@ -13,32 +13,44 @@ from pallas_kernels.grouped_gemm import check
 
 def tables(sizes: list[int], schedule: GroupSchedule) -> tuple[np.ndarray, np.ndarray]:
     """What the kernel's scan makes, from its definition."""
-    rows, before = (np.zeros(schedule.table_size, np.int32) for _ in "12")
+    rows, before, halves = (np.zeros(schedule.table_size, np.int32) for _ in "123")
     for group, size in enumerate(sizes):
         first = rows[group]
         rows[group + 1 :] += size
-        before[group + 1 :] += -(-(first % 8 + size) // schedule.tile_tokens) if size else 0
-    return rows, before
+        tiles, rest = divmod(first % 8 + size, schedule.tile_tokens) if size else (0, 0)
+        half = schedule.halves_last and 0 < rest <= schedule.tile_tokens // 2
+        halves[group + 1 :] += half
+        before[group + 1 :] += tiles + (rest > 0 and not half)
+    return rows, np.concatenate([before, halves]) if schedule.halves_last else before
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=9), st.sampled_from([8, 16, 24]), st.integers(1, 3))
-def test_each_row_once(sizes: list[int], tile_tokens: int, n_tiles: int) -> None:
-    schedule = GroupSchedule(len(sizes), n_tiles, tile_tokens)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(0, 40) | st.integers(800, 1200), min_size=1, max_size=9),
+    st.sampled_from([8, 16, 24, 128, 512]),
+    st.integers(1, 3),
+    st.booleans(),
+)
+def test_each_row_once(sizes: list[int], tile_tokens: int, n_tiles: int, halves_last: bool) -> None:
+    schedule = GroupSchedule(len(sizes), n_tiles, tile_tokens, halves_last)
     rows, before = tables(sizes, schedule)
     seen = np.zeros((sum(sizes), n_tiles), np.int32)
     owner = np.repeat(np.arange(len(sizes)), sizes)
     weights: list[tuple[int, int]] = []
-    tiles = before[-1] * n_tiles
+    whole = before[schedule.table_size - 1] * n_tiles
+    tiles = whole + (before[-1] * n_tiles if halves_last else 0)
     for tile in range(tiles):
         group, n_tile, token, low, high = (int(v) for v in schedule.tile(np.int32(tile), rows, before))
         assert token % 8 == 0
         assert token <= low < high <= token + tile_tokens
         assert np.all(owner[low:high] == group)
+        if halves_last:
+            assert (tile >= whole) == (high - token <= tile_tokens // 2)
         seen[low:high, n_tile] += 1
         weights += [(group, n_tile)] if weights[-1:] != [(group, n_tile)] else []
     assert np.all(seen == 1)
-    assert len(set(weights)) == len(weights), "tiles of the same weights follow each other"
+    if max(sizes) + 7 <= schedule.strip * tile_tokens and not halves_last:
+        assert len(set(weights)) == len(weights), "tiles of the same weights follow each other"
     assert tiles <= n_tiles * sum(-(-(size + 7) // tile_tokens) for size in sizes if size)
 
 

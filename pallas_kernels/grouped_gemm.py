@@ -1,4 +1,4 @@
-"""The grouped W4A8 kernel for Hopper: consecutive groups of tokens, each times its own INT4 weight.
+"""The grouped W4A8 and W4A16 kernel for Hopper: consecutive groups of tokens, each times its own INT4 weight.
 
     out[m, n] = bf16(channel_scale[g, n] * (token_scale[m] * sum_k w8[g, n, k] * x8[m, k])), g the group of m
 

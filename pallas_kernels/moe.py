@@ -9,7 +9,13 @@ from jaxtyping import Array, Float, Int
 
 from .errors import W4A8Error
 from .fragments import FragmentWeight, Scheme
-from .ops import gated, w4a8_gated_rows, w4a8_ragged_matmul, w4a8_ragged_rows, w4a16_ragged_matmul
+from .ops import (
+    gated,
+    w4a8_gated_rows,
+    w4a8_ragged_matmul,
+    w4a8_ragged_rows,
+    w4a16_ragged_matmul,
+)
 from .reference import ragged_dot
 from .rounding import round_to
 from .straight_through import MasterWeight, straight_through_ragged_matmul
@@ -76,10 +82,10 @@ def moe_mlp(
         x: [..., D], float.
         router: [E, D]; its logits are computed in fp32.
         gate_up: [E, 2F, D], the rows of gate before those of up; a float array, a `W4Weight`, or what
-            `prepare_weight` makes of one.
+            `prepare_weight(w, scheme)` makes of one.
         down: [E, D, F], the same.
         top_k, selection, normalize: see `route`.
-        scheme: how a quantized weight computes.
+        scheme: how a quantized weight computes: with FP8 activations ("w4a8") or bf16 ones ("w4a16").
 
     Returns:
         [..., D] in x's dtype. Each product, `silu(gate)` and its product with up are rounded to that dtype; the sum
@@ -93,12 +99,12 @@ def moe_mlp(
     tokens = x.reshape(math.prod(lead), width)
     weights, experts = route(router_logits(tokens, router), top_k, selection=selection, normalize=normalize)
     order, place, sizes = _sort_by_expert(experts, router.shape[0])
-    if isinstance(gate_up, FragmentWeight) and scheme == "w4a8":
+    if isinstance(gate_up, FragmentWeight) and scheme == gate_up.scheme == "w4a8":
         # Each token is quantized once, whatever its number of experts.
         inner = w4a8_ragged_rows(tokens, place, gate_up, sizes).astype(x.dtype)
     else:
         inner = _products(tokens[order // top_k], gate_up, sizes, scheme)
-    if isinstance(down, FragmentWeight) and scheme == "w4a8" and x.dtype == jnp.bfloat16:
+    if isinstance(down, FragmentWeight) and scheme == down.scheme == "w4a8" and x.dtype == jnp.bfloat16:
         rows = w4a8_gated_rows(inner, down, sizes)
     else:
         rows = _products(gated(inner), down, sizes, scheme)

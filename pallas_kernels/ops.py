@@ -30,12 +30,12 @@ def prepare_weight(w: W4Weight, scheme: Scheme = "w4a8") -> W4Weight | FragmentW
     """The weight in the layout that the default device's kernel takes; as it is where none takes it.
 
     Converted are weights [N, K], and [E, N, K] of experts, in groups of 128, N and K multiples of 128; for
-    `w4a16_matmul` ("w4a16") only [N, K] in "exact" numerics with bf16 scales. Worth doing once, when a model is loaded.
+    `w4a16_matmul` and `w4a16_ragged_matmul` ("w4a16") only in "exact" numerics with bf16 scales. Worth doing once, when
+    a model is loaded.
     """
     *experts, n, k = w.shape
     fits = w.group_size == GROUP_SIZE and tuning.takes(n, k)
-    # Of experts, only `w4a8_ragged_matmul` takes weights.
-    fits = fits and (not experts or (len(experts) == 1 and scheme == "w4a8" and experts[0] <= MOST_GROUPS))
+    fits = fits and (not experts or (len(experts) == 1 and experts[0] <= MOST_GROUPS))
     if scheme == "w4a16":
         fits = fits and w.numerics == "exact" and w.group_scale.dtype == jnp.bfloat16
     return _to_fragments(w, scheme) if fits and tuning.hopper() else w
@@ -112,10 +112,20 @@ def w4a8_ragged_matmul(
 
 
 def w4a16_ragged_matmul(
-    x: Float[Array, "M K"], w: W4Weight, group_sizes: Int[Array, "E"], *, out_dtype: Any = jnp.bfloat16
+    x: Float[Array, "M K"],
+    w: W4Weight | FragmentWeight,
+    group_sizes: Int[Array, "E"],
+    *,
+    out_dtype: Any = jnp.bfloat16,
 ) -> Float[Array, "M N"]:
-    """`w4a16_matmul` of consecutive groups of rows; arguments, result and errors are `w4a8_ragged_matmul`'s."""
+    """`w4a16_matmul` of consecutive groups of rows, each with its own weight.
+
+    Arguments, result and errors are those of `w4a8_ragged_matmul`; a `FragmentWeight` is from
+    `prepare_weight(w, "w4a16")`.
+    """
     _check_ragged(x, w, group_sizes, "w4a16")
+    if isinstance(w, FragmentWeight):
+        return _w4a16_ragged(x, w, group_sizes.astype(jnp.int32)).astype(out_dtype)
     return round_to(reference.ragged_matmul_w4a16(x, w, group_sizes), out_dtype)
 
 
@@ -207,6 +217,17 @@ w4a8_ragged_rows.defvjp(lambda x, place, w, _: _kernel_forward(x, w), lambda sav
 
 
 @jax.custom_vjp
+def _w4a16_ragged(x: Array, w: FragmentWeight, group_sizes: Array) -> Array:
+    m = x.shape[0]
+    if m == 0:
+        return jnp.zeros((0, w.shape[1]), jnp.bfloat16)
+    return _grouped(jnp.pad(round_to(x, jnp.bfloat16), ((0, -m % ALIGNMENT), (0, 0))), None, w, group_sizes, m)
+
+
+_w4a16_ragged.defvjp(lambda x, w, _: _kernel_forward(x, w), lambda saved, g: (g, saved, g))
+
+
+@jax.custom_vjp
 def w4a8_gated_rows(gate_up: Array, w: FragmentWeight, group_sizes: Array) -> Array:
     """`w4a8_ragged_rows` of `gated(gate_up)`, bf16 [M, 2K], sorted by group, for w [E, N, K]; bf16 [M, N]."""
     m = gate_up.shape[0]
@@ -218,11 +239,11 @@ def w4a8_gated_rows(gate_up: Array, w: FragmentWeight, group_sizes: Array) -> Ar
 w4a8_gated_rows.defvjp(lambda gate_up, w, _: _kernel_forward(gate_up, w), lambda saved, g: (g, saved, g))
 
 
-def _grouped(x8: Array, token_scale: Array, w: FragmentWeight, group_sizes: Array, m: int) -> Array:
-    """The first m rows of a product; x8 has rows beyond them, of no group, up to a multiple of the kernel's 8."""
+def _grouped(x: Array, token_scale: Array | None, w: FragmentWeight, group_sizes: Array, m: int) -> Array:
+    """The first m rows of a product; x has rows beyond them, of no group, up to a multiple of the kernel's 8."""
     experts, n, k = w.shape
     config = tuning.choose_grouped(m, experts, n, k, w.form)
-    return _grouped_gemm(x8, token_scale, w, group_sizes, config)[:m]
+    return _grouped_gemm(x, token_scale, w, group_sizes, config)[:m]
 
 
 def gated(gate_up: Float[Array, "... 2F"]) -> Float[Array, "... F"]:

@@ -35,7 +35,8 @@ def test_op_for_any_number_of_tokens(m: int, shape: tuple[int, int], scheme: Sch
     assert jnp.linalg.norm(found - expected) < 2e-3 * jnp.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(("name", "scheme"), [("dense", "w4a8"), ("dense", "w4a16"), ("moe", "w4a8")])
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
+@pytest.mark.parametrize("name", ["dense", "moe"])
 def test_reference_model_generates_the_same(tmp_path: Path, name: Any, scheme: Scheme) -> None:
     path = tmp_path / scheme
     w4a8jax.quantize(w4a8jax.reference_model(name), path, scheme=scheme, search="none", progress=False)

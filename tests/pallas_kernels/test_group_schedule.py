@@ -79,7 +79,7 @@ def test_configs_that_do_not_fit_are_refused(config: TuningConfig, groups: int, 
         check(config, groups, 256, 256, "sign_magnitude")
 
 
-@pytest.mark.parametrize("form", ["sign_magnitude", "two_tables", "subnormal", "subnormal_8"])
+@pytest.mark.parametrize("form", ["sign_magnitude", "two_tables", "subnormal", "subnormal_8", "bf16"])
 def test_the_heuristics_configurations_fit(form: str) -> None:
     for n, k in ((128, 128), (384, 256), (1536, 2048), (28672, 4096)):
         for groups in (1, 8, 128, 1023):

@@ -1,5 +1,6 @@
 """The grouped kernel: the op that calls it, and its products on a Hopper GPU."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,19 +11,35 @@ from random_weights import random_checkpoint, weight_of
 from test_dense_gemm import gpu
 from test_grouped_interpreted import expected_of
 
-from pallas_kernels import W4A8Error, moe_mlp, ops, quantize_activations, tuning, w4a8_moe_mlp, w4a8_ragged_matmul
-from pallas_kernels.fragments import FragmentWeight
+from pallas_kernels import (
+    W4A8Error,
+    moe_mlp,
+    ops,
+    quantize_activations,
+    tuning,
+    w4a8_moe_mlp,
+    w4a8_ragged_matmul,
+    w4a16_ragged_matmul,
+)
+from pallas_kernels.fragments import FragmentWeight, Scheme
 
-FORMS = [("lut", -7), ("lut", -8), ("exact", -7), ("exact", -8)]
+FORMS = [  # scheme, numerics, lowest code
+    ("w4a8", "lut", -7),
+    ("w4a8", "lut", -8),
+    ("w4a8", "exact", -7),
+    ("w4a8", "exact", -8),
+    ("w4a16", "exact", -8),
+]
+RAGGED: dict[str, Any] = {"w4a8": w4a8_ragged_matmul, "w4a16": w4a16_ragged_matmul}
 
 
-@pytest.mark.parametrize(("numerics", "code_min"), FORMS)
-def test_experts_are_prepared_as_one_by_one(numerics: str, code_min: int) -> None:
+@pytest.mark.parametrize(("scheme", "numerics", "code_min"), FORMS)
+def test_experts_are_prepared_as_one_by_one(scheme: Scheme, numerics: str, code_min: int) -> None:
     w = weight_of(*random_checkpoint(0, 3, 192, 256, code_min=code_min), numerics=numerics, code_min=code_min)
-    prepared = FragmentWeight.from_weight(w)
+    prepared = FragmentWeight.from_weight(w, scheme)
     assert prepared.shape == (3, 192, 256)
     for e in range(3):
-        one = FragmentWeight.from_weight(jax.tree.map(lambda leaf, e=e: leaf[e], w))
+        one = FragmentWeight.from_weight(jax.tree.map(lambda leaf, e=e: leaf[e], w), scheme)
         for name in ("words", "scales", "channel_scale"):
             np.testing.assert_array_equal(getattr(prepared, name)[e], getattr(one, name))
 
@@ -33,39 +50,58 @@ def test_experts_are_prepared_for_hopper(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(tuning, "hopper", lambda: True)
     assert isinstance(ops.prepare_weight(w), FragmentWeight)
     assert ops.prepare_weight(w, "w4a16") is w
+    w = weight_of(*random_checkpoint(0, 2, 128, 256), numerics="exact")
+    prepared = ops.prepare_weight(w, "w4a16")
+    assert isinstance(prepared, FragmentWeight)
+    assert (prepared.scheme, prepared.shape) == ("w4a16", (2, 128, 256))
 
 
-def test_the_op_calls_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def exact_if(scheme: Scheme) -> str:
+    """The numerics that the scheme's kernel takes."""
+    return "exact" if scheme == "w4a16" else "lut"
+
+
+@pytest.mark.parametrize("scheme", RAGGED)
+def test_the_op_calls_the_kernel(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     def kernel(x: Any, token_scale: Any, w: Any, sizes: Any, config: Any) -> jax.Array:
-        calls.append((x.shape, x.dtype, token_scale.shape, sizes.dtype, config))
+        calls.append((x.shape, x.dtype, token_scale is None or token_scale.shape, sizes.dtype, config))
         return jnp.ones((x.shape[0], w.shape[1]), jnp.bfloat16)
 
     monkeypatch.setattr(ops, "_grouped_gemm", kernel)
-    f = FragmentWeight.from_weight(weight_of(*random_checkpoint(0, 2, 128, 256)))
+    w = weight_of(*random_checkpoint(0, 2, 128, 256), numerics=exact_if(scheme))
+    f, product = FragmentWeight.from_weight(w, scheme), RAGGED[scheme]
     sizes = jnp.asarray([1, 2], jnp.uint8)
-    out = w4a8_ragged_matmul(jnp.ones((3, 256)), f, sizes, out_dtype=jnp.float32)
+    out = product(jnp.ones((3, 256)), f, sizes, out_dtype=jnp.float32)
     assert (out.shape, out.dtype) == ((3, 128), jnp.float32)
     config = tuning.heuristic_grouped(3, 2, 128, 256, f.form)
-    assert calls == [((8, 256), jnp.float8_e4m3fn, (8, 1), jnp.int32, config)]
-    assert w4a8_ragged_matmul(jnp.ones((0, 256)), f, sizes).shape == (0, 128)
+    operands = {"w4a8": (jnp.float8_e4m3fn, (8, 1)), "w4a16": (jnp.bfloat16, True)}[scheme]
+    assert calls == [((8, 256), *operands, jnp.int32, config)]
+    assert product(jnp.ones((0, 256)), f, sizes).shape == (0, 128)
     with pytest.raises(W4A8Error, match="has no gradient"):
-        jax.grad(lambda x: jnp.sum(w4a8_ragged_matmul(x, f, sizes, out_dtype=jnp.float32)))(jnp.ones((3, 256)))
+        jax.grad(lambda x: jnp.sum(product(x, f, sizes, out_dtype=jnp.float32)))(jnp.ones((3, 256)))
+    (other,) = set(RAGGED) - {scheme}
+    with pytest.raises(W4A8Error, match=f"expected a weight prepared for {other}, found one for {scheme}"):
+        RAGGED[other](jnp.ones((3, 256)), f, sizes)
 
 
+@pytest.mark.parametrize("scheme", RAGGED)
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (5, 3), (16, 2)])
-def test_experts_meet_the_rows_of_their_tokens(tokens: int, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_meet_the_rows_of_their_tokens(
+    tokens: int, top_k: int, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole MLP, with a kernel that computes in float64 in place of the real one."""
     experts, width, inner = 4, 256, 128
     weights = [
-        weight_of(*random_checkpoint(i, experts, *s)) for i, s in enumerate([(2 * inner, width), (width, inner)])
+        weight_of(*random_checkpoint(i, experts, *s), numerics=exact_if(scheme))
+        for i, s in enumerate([(2 * inner, width), (width, inner)])
     ]
     of_kernel = {w.packed.shape: w for w in weights}
 
     def kernel(x8: Any, token_scale: Any, f: FragmentWeight, sizes: Any, config: Any) -> jax.Array:
         w = of_kernel[(*f.shape[:2], f.shape[2] // 8)]
-        assert x8.dtype == jnp.float8_e4m3fn
+        assert x8.dtype == (jnp.float8_e4m3fn if scheme == "w4a8" else jnp.bfloat16)
         assert x8.shape[0] % 8 == 0
         return jnp.asarray(expected_of(x8, token_scale, w, list(np.asarray(sizes))), jnp.bfloat16)
 
@@ -73,11 +109,15 @@ def test_experts_meet_the_rows_of_their_tokens(tokens: int, top_k: int, monkeypa
     rng = np.random.default_rng(tokens)
     x = jnp.asarray(rng.standard_normal((tokens, width)), jnp.bfloat16)
     router = jnp.asarray(rng.standard_normal((experts, width)), jnp.float32)
-    prepared = [FragmentWeight.from_weight(w) for w in weights]
-    found, expected = (w4a8_moe_mlp(x, router, *w, top_k=top_k).astype(jnp.float32) for w in (prepared, weights))
+    prepared = [FragmentWeight.from_weight(w, scheme) for w in weights]
+    mlp = functools.partial(moe_mlp, x, router, top_k=top_k)
+    found, expected = (mlp(*w, scheme=scheme).astype(jnp.float32) for w in (prepared, weights))
     assert jnp.linalg.norm(found - expected) < 5e-3 * jnp.linalg.norm(expected)
-    with pytest.raises(W4A8Error, match="expected a weight prepared for w4a16"):
-        moe_mlp(x, router, *prepared, top_k=top_k, scheme="w4a16")
+    (other,) = set(RAGGED) - {scheme}
+    with pytest.raises(W4A8Error, match=f"expected a weight prepared for {other}"):
+        mlp(*prepared, scheme=other)
+    if scheme == "w4a16":
+        return
 
 
 def random_sizes(rng: np.random.Generator, experts: int, m: int, kind: int) -> np.ndarray:
@@ -89,21 +129,21 @@ def random_sizes(rng: np.random.Generator, experts: int, m: int, kind: int) -> n
 class TestOnGpu:
     pytestmark = gpu
 
-    @pytest.mark.parametrize(("numerics", "code_min"), FORMS)
+    @pytest.mark.parametrize(("scheme", "numerics", "code_min"), FORMS)
     @pytest.mark.parametrize("seed", range(3))
-    def test_random_groups(self, seed: int, numerics: str, code_min: int) -> None:
+    def test_random_groups(self, seed: int, scheme: Scheme, numerics: str, code_min: int) -> None:
         """With the heuristic's configurations; memory holds NaN where the kernel must write."""
         rng = np.random.default_rng(seed)
         failed = []
-        product = jax.jit(w4a8_ragged_matmul)
+        product = jax.jit(RAGGED[scheme])
         for i, (experts, m) in enumerate([(8, 1), (128, 8), (5, 77), (40, 640), (256, 1500), (4, 2999)]):
             n, k = (int(v) for v in 128 * rng.integers(1, 9, 2))
             codes, scale = random_checkpoint(i, experts, n, k, code_min=code_min)
             x = rng.standard_normal((m, k)).astype(jnp.bfloat16)
             with jax.default_device(jax.devices("cpu")[0]):
                 w = weight_of(codes, scale, numerics=numerics, code_min=code_min)
-                x8, token_scale = quantize_activations(x)
-                f = jax.device_get(jax.jit(FragmentWeight.from_weight)(w))
+                x8, token_scale = (x, None) if scheme == "w4a16" else quantize_activations(x)
+                f = jax.device_get(jax.jit(FragmentWeight.from_weight, static_argnums=1)(w, scheme))
             for kind in range(3):
                 sizes = random_sizes(rng, experts, m, kind)
                 with jax.default_device(jax.devices("cpu")[0]):

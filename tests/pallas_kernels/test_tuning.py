@@ -178,7 +178,7 @@ def test_grouped_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert chosen() == C
 
 
-@pytest.mark.parametrize("form", [FORM, "subnormal", "subnormal_8"])
+@pytest.mark.parametrize("form", [FORM, "subnormal", "subnormal_8", "bf16"])
 @pytest.mark.parametrize(("experts", "n", "k"), [(8, 28672, 4096), (128, 2048, 768), (4, 128, 128)])
 @pytest.mark.parametrize("m", [8, 100, 2048, 131072])
 def test_grouped_candidates_fit(m: int, experts: int, n: int, k: int, form: str) -> None:

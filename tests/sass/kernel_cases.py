@@ -64,19 +64,23 @@ def abstract_weight(scheme: str, numerics: str, code_min: int, *shape: int) -> F
     return jax.eval_shape(prepare, packed, scale)
 
 
+def abstract_tokens(scheme: str, m: int, k: int) -> tuple[Any, Any]:
+    """Activations [M, K] and their scales, of which W4A16 has none."""
+    if scheme == "w4a16":
+        return jax.ShapeDtypeStruct((m, k), jnp.bfloat16), None
+    return jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((m, 1), jnp.float32)
+
+
 def dense(
     scheme: str, numerics: str, code_min: int, config: dict[str, Any], m: int, n: int, k: int
 ) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
     """The dense kernel and its abstract arguments."""
     w = abstract_weight(scheme, numerics, code_min, n, k)
-    tokens: tuple[Any, Any] = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), None
-    if scheme == "w4a8":
-        tokens = jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((m, 1), jnp.float32)
 
     def product(x: jax.Array, token_scale: jax.Array | None, w: FragmentWeight) -> jax.Array:
         return dense_gemm(x, token_scale, w, TuningConfig(**config))
 
-    return product, (*tokens, w)
+    return product, (*abstract_tokens(scheme, m, k), w)
 
 
 def grouped(
@@ -84,13 +88,12 @@ def grouped(
 ) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
     """The grouped kernel and its abstract arguments."""
     w = abstract_weight(scheme, numerics, code_min, experts, n, k)
-    m = -(-m // 8) * 8
-    x, token_scale = jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((m, 1), jnp.float32)
 
-    def product(x: jax.Array, token_scale: jax.Array, w: FragmentWeight, sizes: jax.Array) -> jax.Array:
+    def product(x: jax.Array, token_scale: jax.Array | None, w: FragmentWeight, sizes: jax.Array) -> jax.Array:
         return grouped_gemm(x, token_scale, w, sizes, TuningConfig(**config))
 
-    return product, (x, token_scale, w, jax.ShapeDtypeStruct((experts,), jnp.int32))
+    tokens = abstract_tokens(scheme, -(-m // 8) * 8, k)
+    return product, (*tokens, w, jax.ShapeDtypeStruct((experts,), jnp.int32))
 
 
 def all_cases() -> list[Case]:
@@ -106,7 +109,7 @@ def all_cases() -> list[Case]:
 
 def _grouped_cases() -> list[Case]:
     found: dict[tuple[Any, ...], Case] = {}
-    for scheme, numerics, code_min in FORMS[:4]:
+    for scheme, numerics, code_min in FORMS:
         form = abstract_weight(scheme, numerics, code_min, 384, 768).form
         for m, (experts, n, k) in itertools.product(ROWS, EXPERTS):
             config = tuning.heuristic_grouped(m, experts, n, k, form)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import W4A8Error, moe_mlp, tuning, w4a8_ragged_matmul
+from pallas_kernels import W4A8Error, moe_mlp, tuning, w4a8_ragged_matmul, w4a16_ragged_matmul
 from pallas_kernels.dense_gemm import TuningConfig
 from pallas_kernels.tuning_tables import Table
-from w4a8jax.benchmark import ahead, moe, moe_kernels, moe_operands, moe_points, parts, timing, tune_moe
+from w4a8jax.benchmark import ahead, kernels, moe, moe_kernels, moe_operands, moe_points, parts, timing, tune_moe
 from w4a8jax.benchmark.moe_points import MODELS, Model, Point, points
 from w4a8jax.benchmark.moe_record import MoeRecord
 
@@ -47,15 +47,16 @@ class Reference(moe_kernels.OurExperts):
         return super().function(point) if point.product != "mlp" else self.mlp(point)
 
     def mlp(self, point: Point) -> Callable[[Any, Any], Any]:
-        options: Any = {"top_k": point.model.top_k, "selection": point.model.selection}
+        options: Any = {"top_k": point.model.top_k, "selection": point.model.selection, "scheme": self.scheme}
         return jax.jit(lambda inputs, w: self.factor * moe_mlp(*inputs, *w, **options))
 
     def compiled(self, point: Point, config: TuningConfig) -> Callable[[Any, Any], Any]:
         def product(inputs: Any, w: Any) -> Any:
-            x8, token_scale, sizes = inputs
+            x, token_scale, sizes = inputs
+            if self.scheme == "w4a16":
+                return self.factor * w4a16_ragged_matmul(x, w[0], sizes)
             # The op quantizes again, to the same numbers.
-            x = x8.astype(jnp.float32) * token_scale
-            return self.factor * w4a8_ragged_matmul(x, w[0], sizes)
+            return self.factor * w4a8_ragged_matmul(x.astype(jnp.float32) * token_scale, w[0], sizes)
 
         return jax.jit(product)
 
@@ -235,14 +236,40 @@ def test_programs_are_compiled_ahead() -> None:
 def test_our_kernels_run_what_is_chosen() -> None:
     point = Point(MODELS["qwen3-30b-a3b"], "down", 64, "uniform")
     every = [k for k in moe_kernels.our_experts() if isinstance(k, moe_kernels.OurExperts)]
-    assert [k.form(point) for k in every] == ["sign_magnitude", "two_tables", "sign_magnitude", "subnormal"]
+    assert [k.form(point) for k in every] == ["sign_magnitude", "two_tables", "sign_magnitude", "subnormal", "bf16"]
     chosen = tuning.choose_grouped(512, 128, 2048, 768, "sign_magnitude")
     assert every[0].config(point) == dataclasses.asdict(chosen)
     mlp = dataclasses.replace(point, product="mlp")
-    assert [k.takes(mlp) for k in every] == [True, False, True, False]
-    assert [k.takes(point) for k in every] == [True, True, False, True]
+    assert [k.takes(mlp) for k in every] == [True, False, True, False, True]
+    assert [k.takes(point) for k in every] == [True, True, False, True, True]
     assert len(every[0].config(mlp)) == 2
     assert every[0].limit(mlp) > every[0].limit(point)
+    assert [k.name for k in kernels.selected(every, ["w4a16 -8"])] == ["grouped w4a16 -8"]
+
+
+@pytest.mark.usefixtures("small_cache")
+@pytest.mark.parametrize("factor", [1.0, 1.02])
+def test_w4a16_is_compared_with_products_of_bf16(factor: float) -> None:
+    """In a product and in an MLP; a result that is wrong by 2 in 100 is noticed."""
+    kernel = Reference("grouped w4a16 -8", "w4a16", 0.5 + 2 / 128, 2, -8, 4e-3, "exact", factor=factor)
+    record = MoeRecord({"copy_TB_s": 3.0, "cublas_fp8_TFLOP_s": 1000.0})
+    work = [Point(TOY, product, 12, "zipf") for product in ("gate_up", "mlp")]
+    moe.run(record, [kernel], work, measure=fake_measure)
+    assert len(record.rows) == 2
+    assert all(("failed" in row) == (factor != 1) for row in record.rows)
+
+
+def test_what_our_kernels_are_given() -> None:
+    """Weights as the scheme's kernel takes them, and inputs of the dtypes that they are compiled for."""
+    point = Point(TOY, "gate_up", 5, "uniform")
+    tokens = moe.Tokens(moe.Activations(256, point.padded_rows), point.padded_rows, 1)
+    for name, dtypes in (("exact", ["float8_e4m3fn", "float32", "int32"]), ("w4a16", ["bfloat16", "int32"])):
+        (kernel,) = kernels.selected(moe_kernels.our_experts(), [f"grouped {name}"])
+        assert [str(v.dtype) for v in jax.tree.leaves(kernel.inputs(point, tokens)[0])] == dtypes
+        weights = [moe_operands.ExpertWeights(8, *TOY.shape("gate_up"), kernel.code_min)]
+        kernel.prepare(weights)
+        (w,) = kernel.weight(weights, 0)
+        assert (w.scheme, w.form) == (kernel.scheme, kernel.form(point))
 
 
 class TestTune:

@@ -14,7 +14,7 @@ from toy import EXPERT_SIZE, EXPERTS, HIDDEN, MOE, Edit, edited_checkpoint, save
 from typer.testing import CliRunner
 
 import w4a8jax
-from pallas_kernels import W4A8Error, W4Weight
+from pallas_kernels import W4A8Error, W4Weight, tuning
 from w4a8jax.checkpoints.contents import expected_shapes
 from w4a8jax.checkpoints.experts import split_experts
 from w4a8jax.checkpoints.reader import CheckpointReader
@@ -92,6 +92,16 @@ def test_quantized_experts_are_one_weight(checkpoints: Path):
     np.testing.assert_array_equal(weight.dequantize()[2, EXPERT_SIZE:], up.dequantize())
     experts = w4a8jax.load(checkpoints / "mixtral-w4a16").decoder.layers[0].mlp.experts
     assert (experts.scheme, experts.down.get_value().numerics) == ("w4a16", "exact")
+
+
+@pytest.mark.parametrize(("scheme", "form"), [("w4a8", "two_tables"), ("w4a16", "bf16")])
+def test_experts_for_kernels(checkpoints: Path, scheme: str, form: str, monkeypatch: pytest.MonkeyPatch):
+    """As each scheme's kernel takes them, whatever the checkpoint was made for."""
+    monkeypatch.setattr(tuning, "hopper", lambda: True)
+    experts = w4a8jax.load(checkpoints / "qwen3_moe-w4a8", scheme=scheme).decoder.layers[1].mlp.experts
+    assert experts.scheme == scheme
+    for weight in (experts.gate_up.get_value(), experts.down.get_value()):
+        assert (weight.scheme, weight.form, weight.shape[0]) == (scheme, form, EXPERTS)
 
 
 @pytest.mark.parametrize("kind", MOE)

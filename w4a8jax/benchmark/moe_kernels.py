@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels import GROUP_SIZE, moe_mlp, tuning
 from pallas_kernels.dense_gemm import TuningConfig
 from pallas_kernels.errors import W4A8Error
-from pallas_kernels.fragments import FragmentWeight
+from pallas_kernels.fragments import FragmentWeight, Scheme
 from pallas_kernels.grouped_gemm import grouped_gemm
 from pallas_kernels.weight_format import Numerics
 
@@ -83,14 +83,21 @@ class ExpertsKernel(Runner):
 class OurExperts(ExpertsKernel):
     """`grouped_gemm`, in the configuration that `tuning.choose_grouped` gives, and `moe_mlp` on it.
 
-    A product's rows are padded to whole eights beforehand: the op does that while it quantizes.
+    For W4A16 its reference is "w4a16". A product's rows are padded to whole eights beforehand: the op does that while
+    it quantizes.
     """
 
     numerics: Numerics = "lut"
 
+    @property
+    def scheme(self) -> Scheme:
+        """What it multiplies the weights with."""
+        return "w4a16" if self.reference == "w4a16" else "w4a8"
+
     def takes(self, point: Point) -> bool:
         # The MLP differs in its products only, and compiling two kernels for each point takes its time.
-        return point.product != "mlp" or (self.numerics == "lut" and self.code_min == -7)
+        fast = self.numerics == "lut" and self.code_min == -7
+        return point.product != "mlp" or fast or self.scheme == "w4a16"
 
     def config(self, point: Point) -> Any:
         chosen = [dataclasses.asdict(self.choose(point, n, k)) for n, k in point.shapes]
@@ -107,13 +114,13 @@ class OurExperts(ExpertsKernel):
 
     def prepare(self, weights: Sequence[ExpertWeights]) -> None:
         for w in weights:
-            _to_fragments.prepare(w.prepare(self.reference, self.numerics)[0])
+            _to_fragments.prepare(self.scheme, w.prepare(self.reference, self.numerics)[0])
 
     def weight(self, weights: Sequence[ExpertWeights], i: int) -> Any:
-        return [_to_fragments(w.quantized(i, self.numerics)[0]) for w in weights]
+        return [_to_fragments(self.scheme, w.quantized(i, self.numerics)[0]) for w in weights]
 
     def _abstract_weight(self, experts: int, n: int, k: int) -> Any:
-        return _abstract_weight(experts, n, k, self.code_min, self.numerics)
+        return _abstract_weight(experts, n, k, self.code_min, self.numerics, self.scheme)
 
     def function(self, point: Point) -> Callable[[Any, Any], Any]:
         if point.product != "mlp":
@@ -122,7 +129,7 @@ class OurExperts(ExpertsKernel):
         model = point.model
 
         def mlp(inputs: Any, w: Any) -> Any:
-            return moe_mlp(*inputs, *w, top_k=model.top_k, selection=model.selection)
+            return moe_mlp(*inputs, *w, top_k=model.top_k, selection=model.selection, scheme=self.scheme)
 
         x = jax.ShapeDtypeStruct((point.tokens, model.hidden), jnp.bfloat16)
         router = jax.ShapeDtypeStruct((model.experts, model.hidden), jnp.bfloat16)
@@ -139,14 +146,17 @@ class OurExperts(ExpertsKernel):
             x, token_scale, sizes = inputs
             return grouped_gemm(x, token_scale, w[0], sizes, config)
 
-        x, token_scale = jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((m, 1), jnp.float32)
-        inputs = x, token_scale, jax.ShapeDtypeStruct((experts,), jnp.int32)
+        x: tuple[Any, Any] = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), None
+        if self.scheme == "w4a8":
+            x = jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((m, 1), jnp.float32)
+        inputs = *x, jax.ShapeDtypeStruct((experts,), jnp.int32)
         return jax.jit(product).lower(inputs, [self._abstract_weight(experts, n, k)]).compile()
 
     def inputs(self, point: Point, tokens: Tokens | MlpInputs) -> list[Any]:
         if isinstance(tokens, MlpInputs):
             return [(tokens.x, router.astype(jnp.bfloat16)) for router in tokens.routers]
-        return [(*tokens.fp8[i], jnp.asarray(point.routes.sizes(i))) for i in range(point.routes.sets)]
+        x = tokens.fp8 if self.scheme == "w4a8" else [(x, None) for x in tokens.bf16]
+        return [(*x[i], jnp.asarray(point.routes.sizes(i))) for i in range(point.routes.sets)]
 
 
 class RaggedDot(ExpertsKernel):
@@ -213,7 +223,8 @@ def our_experts() -> list[ExpertsKernel]:
     """Ours, one for each form of the weights; tolerances are those of `kernels.our_kernels`."""
     lut = [OurExperts(f"grouped lut {c}", "w4a8", 0.5 + 1 / 128, 1, c, 5.5e-3) for c in (-7, -8)]
     exact = OurExperts("grouped exact", "exact", 0.5 + 4 / 128, 1, -7, 4e-3, "exact")
-    return [*lut, exact]
+    w4a16 = OurExperts("grouped w4a16 -8", "w4a16", 0.5 + 2 / 128, 2, -8, 4e-3, "exact")
+    return [*lut, exact, w4a16]
 
 
 def jax_experts() -> list[ExpertsKernel]:
@@ -225,12 +236,12 @@ def jax_experts() -> list[ExpertsKernel]:
 
 
 @functools.cache
-def _abstract_weight(experts: int, n: int, k: int, code_min: int, numerics: Numerics) -> Any:
+def _abstract_weight(experts: int, n: int, k: int, code_min: int, numerics: Numerics, scheme: Scheme) -> Any:
     def made() -> Any:
-        return FragmentWeight.from_weight(ExpertWeights(experts, n, k, code_min).quantized(0, numerics)[0])
+        return FragmentWeight.from_weight(ExpertWeights(experts, n, k, code_min).quantized(0, numerics)[0], scheme)
 
     return jax.eval_shape(made)
 
 
 # Under jit, so that the codes are never unpacked in memory as a whole.
-_to_fragments = Ahead(FragmentWeight.from_weight)
+_to_fragments = Ahead(lambda scheme, w: FragmentWeight.from_weight(w, scheme), 1)

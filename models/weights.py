@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from pallas_kernels import FragmentWeight, W4A8Error, W4Weight, prepare_weight
-from pallas_kernels.weight_format import CODES_PER_WORD, GROUP_SIZE, Numerics
+from pallas_kernels.weight_format import CODES_PER_WORD, GROUP_SIZE, Numerics, unusable_scales
 
 from .config import DecoderConfig
 from .decoder import Block, Decoder
@@ -69,7 +69,7 @@ def load_decoder(
 
     Raises:
         W4A8Error: a tensor is missing, unknown, or of another shape than the config says; a fused layer is quantized
-            in part; a layer is quantized that cannot be, such as a router.
+            in part; a layer is quantized that cannot be, such as a router; scales are negative, NaN or infinite.
     """
     decoder = abstract_decoder(config, dtype)
     whole = sharding is None
@@ -190,6 +190,12 @@ class _Reader:
         groups = info.shape[1:] if info else (k // GROUP_SIZE,)
         # One scale a channel may come without the axis of groups.
         scale = self.read(f"{name}.weight_scale", (n, *groups)).reshape(n, -1)
+        if len(places := np.argwhere(unusable_scales(scale))):
+            row, group = places[0].tolist()
+            raise W4A8Error(
+                f"{name}.weight_scale: {len(places)} of {scale.size} scales are negative, NaN or infinite, the first "
+                f"in row {row}, group {group}: {scale[row, group]}; the checkpoint is damaged, or of another convention"
+            )
         if f"{name}.weight_shape" in self.tensors:
             found = self.read(f"{name}.weight_shape", (2,)).tolist()
             if found != [n, k]:

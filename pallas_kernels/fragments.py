@@ -9,7 +9,8 @@ How a word holds its codes (its form) is chosen so that few instructions turn it
 
 - "sign_magnitude", codes -7..7: nibble i has |code i| in its low 3 bits; the signs of codes 0..3 are at bits 7, 15, 23
   and 31, where the first result needs them, and those of codes 4..7 at bits 3, 11, 19 and 27.
-- "two_tables", codes -8..7: nibble i is `8 * (4 <= |q| <= 7) + 4 * (q < 0) + (|q| & 3)`.
+- "two_tables", codes -8..7: nibble i is `8 * (4 <= |q| <= 7) + 4 * (q < 0) + (|q| & 3)`. Alone of all forms it takes
+  no negative scale: a table's sign bit would be taken for a code's.
 
 Those are for "lut" numerics. For "exact", the byte `sign | i` is i * 2^-9 in e4m3, up to i = 8, so codes need no table:
 
@@ -45,6 +46,7 @@ _FORMS: dict[tuple[str, int], Form] = {
 }
 
 _REPACKED_TILES = 64  # at a time
+_NAN, _MINUS_ZERO = 0x7F, 0x80  # in e4m3, where negative numbers and the other NaN have greater bits
 FLAGS = 1024  # more than blocks times warpgroups
 
 
@@ -79,7 +81,8 @@ class FragmentWeight:
             scheme: the product that it is for: FP8 activations ("w4a8") or bf16 ones ("w4a16").
 
         Raises:
-            W4A8Error: its group size, shape, numerics or scales are not the kernel's.
+            W4A8Error: its group size, shape, numerics or scales are not the kernel's. What scales hold (`takes_scales`)
+                cannot be seen, and is not checked, under `jax.jit`.
         """
         *experts, n, k = w.shape
         if len(experts) > 1 or w.group_size != TILE_COLUMNS:
@@ -97,7 +100,10 @@ class FragmentWeight:
             scales = fragment_scales(group_scale)
         elif w.numerics == "lut":
             form = _FORMS[w.numerics, w.code_min]
+            if not takes_scales(w):
+                raise W4A8Error('kernel: with code -8, "lut" numerics take no group scale that is negative or NaN')
             scales = jax.lax.bitcast_convert_type(fragment_scales(group_scale), jnp.uint8)
+            scales = jnp.where(scales == _MINUS_ZERO, 0, scales)
         else:
             form = _FORMS[w.numerics, w.code_min]
             scales = 2.0**9 * group_scale.astype(jnp.float32)
@@ -115,6 +121,18 @@ class FragmentWeight:
     def scheme(self) -> Scheme:
         """The product that it is for."""
         return "w4a16" if self.form == "bf16" else "w4a8"
+
+
+def takes_scales(w: W4Weight) -> bool:
+    """Whether the kernel takes what the group scales hold: all but negative ones and NaN in form "two_tables".
+
+    True where that cannot be seen, because the weight is traced.
+    """
+    if (w.numerics, w.code_min) != ("lut", -8) or isinstance(w.group_scale, jax.core.Tracer):
+        return True
+    with jax.ensure_compile_time_eval():
+        bits = jax.lax.bitcast_convert_type(jnp.asarray(w.group_scale), jnp.uint8)
+        return not jnp.any((bits >= _NAN) & (bits != _MINUS_ZERO))
 
 
 def _repack(packed: Int[Array, "N K/8"], form: Form) -> UInt[Array, "N/64 K/128 4 256"]:

@@ -13,7 +13,7 @@ from . import reference, tuning
 from .activations import quantize_activations
 from .dense_gemm import dense_gemm
 from .errors import W4A8Error
-from .fragments import FragmentWeight, Scheme
+from .fragments import FragmentWeight, Scheme, takes_scales
 from .group_schedule import ALIGNMENT
 from .grouped_gemm import MOST_GROUPS, grouped_gemm
 from .quantize_kernel import quantize_gated, quantize_tokens
@@ -30,15 +30,15 @@ def prepare_weight(w: W4Weight, scheme: Scheme = "w4a8") -> W4Weight | FragmentW
     """The weight in the layout that the default device's kernel takes; as it is where none takes it.
 
     Converted are weights [N, K], and [E, N, K] of experts, in groups of 128, N and K multiples of 128; for
-    `w4a16_matmul` and `w4a16_ragged_matmul` ("w4a16") only in "exact" numerics with bf16 scales. Worth doing once, when
-    a model is loaded.
+    `w4a16_matmul` and `w4a16_ragged_matmul` ("w4a16") only in "exact" numerics with bf16 scales; with code -8 in "lut"
+    numerics, only if no group scale is negative or NaN. Worth doing once, when a model is loaded.
     """
     *experts, n, k = w.shape
     fits = w.group_size == GROUP_SIZE and tuning.takes(n, k)
     fits = fits and (not experts or (len(experts) == 1 and experts[0] <= MOST_GROUPS))
     if scheme == "w4a16":
         fits = fits and w.numerics == "exact" and w.group_scale.dtype == jnp.bfloat16
-    return _to_fragments(w, scheme) if fits and tuning.hopper() else w
+    return _to_fragments(w, scheme) if fits and tuning.hopper() and takes_scales(w) else w
 
 
 # Under jit, so that the codes are never unpacked in memory as a whole.

@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .activations import e4m3_unit
@@ -44,6 +45,16 @@ def unpack_codes(packed: Int[Array, "... N K/8"]) -> Int[Array, "... N K"]:
 
 def _shifts() -> Array:
     return 4 * jnp.arange(CODES_PER_WORD, dtype=jnp.uint32)
+
+
+def unusable_scales(scale: np.ndarray) -> np.ndarray:
+    """Which of a checkpoint's group scales are negative, NaN or infinite: bool, of the same shape; -0 is not negative.
+
+    No quantizer of symmetric codes makes such, since a group's scale is made of its largest magnitude. Signs could not
+    move to codes either: -8 has no opposite.
+    """
+    values = scale.astype(np.float32)
+    return ~(np.isfinite(values) & (values >= 0))
 
 
 def convert_scales(scale: Float[Array, "... N G"]) -> tuple[Float[Array, "... N G"], Float[Array, "... N"]]:
@@ -104,7 +115,8 @@ class W4Weight:
 
         Args:
             weight_packed: int32 [..., N, K/8].
-            weight_scale: bf16, fp16 or fp32 [..., N, G], where G divides K.
+            weight_scale: bf16, fp16 or fp32 [..., N, G], where G divides K; finite and not negative, which is not
+                checked here: see `unusable_scales`.
             numerics: "lut", the arithmetic of vLLM's kernel, or "exact", without its scale and product roundings.
             code_min: -7 if code -8 is known not to occur, else -8.
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.weight_format import CODES_PER_WORD, convert_scales
+from pallas_kernels.weight_format import CODES_PER_WORD, convert_scales, unusable_scales
 
 from .checkpoints.compressed_tensors import PACKED, SCALE, QuantizedModule
 from .checkpoints.reader import CheckpointReader
@@ -65,7 +65,7 @@ def code_statistics(reader: CheckpointReader, module: QuantizedModule) -> CodeSt
     n = module.shape[0]
     scales = reader.read(module.name + SCALE).reshape(n, -1)
     values = scales.astype(np.float32)
-    bad = ~(np.isfinite(values) & (values >= 0))
+    bad = unusable_scales(scales)
     values = np.where(bad, 0, values)
     group_scale, channel_scale = map(np.asarray, convert_scales(jnp.asarray(values)))
     weak = (group_scale.astype(np.float32) < _SMALLEST_NORMAL) & (values > 0)

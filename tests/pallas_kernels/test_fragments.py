@@ -1,14 +1,16 @@
 """The kernels' layout, decoded as each thread of the warpgroup decodes it, instruction by instruction."""
 
+import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from random_weights import random_checkpoint, weight_of
 
-from pallas_kernels import W4A8Error, W4Weight, register_dequantize
+from pallas_kernels import W4A8Error, W4Weight, prepare_weight, register_dequantize, tuning
 from pallas_kernels.fragments import FragmentWeight
 from pallas_kernels.rounding import round_to
 
@@ -73,9 +75,16 @@ def test_threads_find_exact_codes(code_min: int) -> None:
                 np.testing.assert_array_equal(512 * found.astype(np.float32), codes[row, column : column + 4])
 
 
-@pytest.mark.parametrize("code_min", [-7, -8])
-def test_threads_find_their_find_their_operands(code_min: int) -> None:
+@pytest.mark.parametrize(("code_min", "scales"), [(-7, "plain"), (-8, "plain"), (-7, "signed"), (-8, "minus zero")])
+def test_threads_find_their_operands(code_min: int, scales: str) -> None:
     w = weight_of(*random_checkpoint(3, 128, 256, code_min=code_min), code_min=code_min)
+    if scales != "plain":
+        # Every third scale negative, or each zero of either sign.
+        some = jnp.arange(w.group_scale.size).reshape(w.group_scale.shape) % 3 == 0
+        signed = jnp.where(some, -w.group_scale.astype(jnp.float32), w.group_scale.astype(jnp.float32))
+        group_scale = (signed if scales == "signed" else 0 * signed).astype(jnp.float8_e4m3fn)
+        assert np.signbit(np.asarray(group_scale, np.float32)).any()
+        w = dataclasses.replace(w, group_scale=group_scale)
     f = FragmentWeight.from_weight(w)
     decode = {-7: decode_sign_magnitude, -8: decode_two_tables}[code_min]
     words, scales = np.asarray(f.words).astype(object), np.asarray(f.scales)
@@ -180,6 +189,33 @@ def test_w4a16_refuses_scales_that_bf16_cannot_hold(numerics: str, dtype: jnp.dt
     w = W4Weight.from_checkpoint(jnp.zeros((64, 16), jnp.int32), jnp.ones((64, 1), dtype), numerics=numerics)
     with pytest.raises(W4A8Error, match=f"w4a16 takes exact numerics with bf16 scales, found {numerics}"):
         FragmentWeight.from_weight(w, "w4a16")
+
+
+@pytest.mark.parametrize("value", [-0.5, np.nan])
+@pytest.mark.parametrize("experts", [(), (2,)])
+def test_scales_that_two_tables_cannot_take(
+    experts: tuple[int, ...], value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused; `prepare_weight` leaves the weight to the reference. Other forms take any scale."""
+    w = weight_of(*random_checkpoint(4, *experts, 128, 256))
+    w = dataclasses.replace(w, group_scale=w.group_scale.at[..., 5, 1].set(value))
+    exact = weight_of(*random_checkpoint(4, *experts, 128, 256), numerics="exact")
+    exact = dataclasses.replace(exact, group_scale=exact.group_scale.at[..., 5, 1].set(value))
+    monkeypatch.setattr(tuning, "hopper", lambda: True)
+    with pytest.raises(W4A8Error, match=r'with code -8, "lut" numerics take no group scale that is negative or NaN'):
+        FragmentWeight.from_weight(w)
+    assert prepare_weight(w) is w
+    jax.jit(lambda: prepare_weight(w) is w or pytest.fail("prepared"))()
+    for other, scheme in ((dataclasses.replace(w, code_min=-7), "w4a8"), (exact, "w4a8"), (exact, "w4a16")):
+        assert isinstance(prepare_weight(other, scheme), FragmentWeight)
+
+
+@pytest.mark.parametrize(("scale", "right"), [(0x38, True), (0xB8, False), (0x80, False)])  # 1, -1, -0
+def test_why_two_tables_cannot_take_them(scale: int, right: bool) -> None:
+    """Of code 4, whose nibble is 8, the bytes would be wrong; and so with -0, which `from_weight` makes 0."""
+    found = int(decode_two_tables(0x88888888, 2 * table_of(np.uint8(scale), -8))[0]).to_bytes(4, "little")
+    found, s = (np.frombuffer(b, ml_dtypes.float8_e4m3fn).astype(np.float32) for b in (found, bytes([scale])))
+    assert np.array_equal(found, np.repeat(4 * s, 4)) == right
 
 
 @pytest.mark.parametrize(

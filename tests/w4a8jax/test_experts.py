@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +93,13 @@ def test_quantized_experts_are_one_weight(checkpoints: Path):
     np.testing.assert_array_equal(weight.dequantize()[2, EXPERT_SIZE:], up.dequantize())
     experts = w4a8jax.load(checkpoints / "mixtral-w4a16").decoder.layers[0].mlp.experts
     assert (experts.scheme, experts.down.get_value().numerics) == ("w4a16", "exact")
+
+
+def test_the_expert_with_a_negative_scale_is_named(changed: Callable[[str, Edit], Path]):
+    name = "model.layers.1.mlp.experts.2.down_proj.weight_scale"
+    path = changed("qwen3_moe-w4a8", lambda tensors, config: tensors[name].__setitem__((3, 0), -0.25))
+    with pytest.raises(W4A8Error, match=f"{re.escape(name)}: 1 of .* are negative.* row 3, group 0: -0.25"):
+        w4a8jax.load(path)
 
 
 @pytest.mark.parametrize(("scheme", "form"), [("w4a8", "two_tables"), ("w4a16", "bf16")])

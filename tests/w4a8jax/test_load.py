@@ -153,6 +153,29 @@ def test_a_fused_layer_quantized_in_part_is_refused(changed: Callable[[str, Edit
         w4a8jax.load(changed("llama-w4a8", plain))
 
 
+@pytest.mark.parametrize("name", ["llama-w4a8", "llama-w4a16"])
+@pytest.mark.parametrize("value", [-0.5, np.nan, np.inf])
+def test_scales_that_are_none_are_refused(changed: Callable[[str, Edit], Path], name: str, value: float) -> None:
+    """Whatever computes with them: the tensor is named, and the first place."""
+    damaged = f"{MLP}.up_proj.weight_scale"
+
+    def damage(tensors: dict[str, np.ndarray], config: dict) -> None:
+        tensors[damaged][[7, 9], 1] = value
+
+    size = CheckpointReader(changed(name, lambda *_: None)).tensors[damaged].size
+    message = f"{damaged}: 2 of {size} scales are negative, NaN or infinite, the first in row 7, group 1: {value}"
+    with pytest.raises(W4A8Error, match=re.escape(message)):
+        w4a8jax.load(changed(name, damage))
+
+
+def test_minus_zero_is_a_scale(changed: Callable[[str, Edit], Path]) -> None:
+    def zero(sign: float) -> Edit:
+        return lambda tensors, config: tensors[f"{MLP}.up_proj.weight_scale"].__setitem__(7, sign * 0.0)
+
+    logits = [w4a8jax.load(changed("llama-w4a8", zero(sign))).logits(np.arange(20)) for sign in (-1.0, 1.0)]
+    np.testing.assert_array_equal(*logits)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

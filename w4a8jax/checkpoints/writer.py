@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from pallas_kernels.errors import W4A8Error
+from pallas_kernels.weight_format import unusable_scales
 
 from .compressed_tensors import SCALE
 from .plan import MAX_SHARD_BYTES, Shard, plan_shards
@@ -277,8 +278,7 @@ def check_tensors(reader: CheckpointReader, expected: Mapping[str, TensorSpec]) 
 
 def check_scale(name: str, scale: np.ndarray) -> None:
     """Raises W4A8Error unless all scales are finite and not negative."""
-    values = scale.astype(np.float32)
-    if not np.all(np.isfinite(values) & (values >= 0)):
+    if unusable_scales(scale).any():
         raise W4A8Error(f"{name}: has scales that are negative, infinite or NaN")
 
 

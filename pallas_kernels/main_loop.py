@@ -166,23 +166,28 @@ class Pipeline:
         return (self.x_smem.at[slot] if count == self.config.tile_tokens else self.x_smem.at[slot, pl.ds(0, count)]).T
 
     def _multiply_exactly(self, my_blocks: list[Any], accumulators: list[Any], sums: Any, slot: Any) -> list[Array]:
-        """Adds a step's products times the scales of its groups, which codes do not hold."""
+        """Adds a step's products times the scales of its groups, which codes do not hold.
+
+        All but the first block are dequantized, and all but the last added, while a wgmma runs. ptxas would serialize
+        one that runs on into the next step, since its sums are read within the loop.
+        """
         plgpu.barrier_wait(self.full.at[slot])
+
+        layout = plgpu.Layout.WGMMA.reduce(1)
+        scales = [plgpu.load(self.scales_smem.at[slot, block], layout=layout) for block in my_blocks]
 
         def products(*parts: Any) -> list[Array]:
             for block, part in zip(my_blocks, parts, strict=True):
                 words = plgpu.load(self.words_smem.at[slot, block], layout=WORDS)
                 plgpu.wgmma(part, dequantize_tile(words, [], self.form), self._tokens(slot, part))
-            return [part[...] for part in parts]
+            results = []
+            for i, (total, part, scale) in enumerate(zip(sums, parts, scales, strict=True)):
+                value = plgpu.wgmma_accumulator_load(part, wait_n=len(parts) - 1 - i)
+                results.append(total + value * lax.broadcast_in_dim(scale, value.shape, (0,)))
+            plgpu.barrier_arrive(self.consumed.at[slot])
+            return results
 
-        parts = pl.run_scoped(products, *accumulators)
-        layout = plgpu.Layout.WGMMA.reduce(1)
-        scales = [plgpu.load(self.scales_smem.at[slot, block], layout=layout) for block in my_blocks]
-        plgpu.barrier_arrive(self.consumed.at[slot])
-        return [
-            total + part * lax.broadcast_in_dim(scale, part.shape, (0,))
-            for total, part, scale in zip(sums, parts, scales, strict=True)
-        ]
+        return pl.run_scoped(products, *accumulators)
 
     # The memory warpgroup's side
 

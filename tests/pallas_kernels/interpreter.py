@@ -251,7 +251,8 @@ def _extend_interpreter(patch: pytest.MonkeyPatch) -> None:
         return wait_for_wgmmas(interpreter, token, equation.params["n"]), []
 
     def read_accumulator(interpreter: Any, equation: Any, token: Any, values: Any) -> Any:
-        return dereference(interpreter, equation, wait_for_wgmmas(interpreter, token, 0), values)
+        waited = wait_for_wgmmas(interpreter, token, equation.params["wait_n"])
+        return dereference(interpreter, equation, waited, values)
 
     patch.setattr(gpu_callbacks, "wgmma", gpu_callbacks.fail_on_exception(wgmmas.issue))
     patch.setattr(Interpreter, "interpret", interpret_waits)

@@ -17,7 +17,6 @@ from pallas_kernels import (
     ops,
     quantize_activations,
     tuning,
-    w4a8_moe_mlp,
     w4a8_ragged_matmul,
     w4a16_ragged_matmul,
 )

@@ -55,11 +55,12 @@ def main() -> None:
     from kernel_cases import all_cases
 
     cases = [case for case in all_cases() if all(word in str(case) for word in sys.argv[1:])]
-    print("per wgmma | exposed/alu | hazards | notes | spilled | registers | case")
+    print("per wgmma | exposed/alu | exposed/dequantizing | hazards | notes | spilled | registers | case")
     with ThreadPoolExecutor(PROCESSES) as pool:
         for case, found in zip(cases, pool.map(audit_case, cases), strict=True):
             print(
-                f"{found.instructions:9.2f} | {len(found.exposed):3}/{found.alu:<7} | {len(found.hazards):7}"
+                f"{found.instructions:9.2f} | {len(found.exposed):3}/{found.alu:<7}"
+                f" | {len(found.operands_exposed):7}/{found.operands:<12} | {len(found.hazards):7}"
                 f" | {len(found.notes):5} | {found.spilled:7} | {found.highest_register:9} | {case}"
             )
             mix = "  ".join(f"{name} {count:.2f}" for name, count in found.mix.items() if count >= 0.25)

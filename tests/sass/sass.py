@@ -57,6 +57,12 @@ class Instruction(NamedTuple):
         return set(range(int(m[1]), int(m[1]) + self._width))
 
     @property
+    def read(self) -> set[int]:
+        """Vector registers that an instruction with a result computes it from."""
+        operands = [operand for operand in self.operands if not _PREDICATE.match(operand)]
+        return {int(r) for operand in operands[1:] for r in _REGISTER.findall(operand)}
+
+    @property
     def wgmma_registers(self) -> tuple[set[int], set[int]]:
         """Of the accumulator and of the A operand."""
         shape, accumulator_bits = re.search(r"64x(\d+)x\d+\.F(\d+)", self.opcode).groups()
@@ -127,6 +133,20 @@ class Program:
                 reached.add(i)
                 todo += self.successors(i)
         return reached
+
+    def operand_makers(self, loop: range) -> list[int]:
+        """The instructions of a loop that make A operands of its wgmmas out of what was loaded, loads not included."""
+        makers, wanted = [], set[int]()
+        for i in reversed(loop):
+            instruction = self.instructions[i]
+            if instruction.is_wgmma:
+                wanted |= instruction.wgmma_registers[1]
+            elif made := instruction.written & wanted:
+                wanted -= made if not instruction.guard else set()
+                if not instruction.name.startswith("LD"):
+                    makers.append(i)
+                    wanted |= instruction.read
+        return makers[::-1]
 
     def in_flight(self) -> list[set["Flight"]]:
         """For each instruction, the states of the tensor core that it may be issued in."""
@@ -201,6 +221,8 @@ class Findings:
         wgmma: its opcodes.
         alu: instructions with a result in a vector register, loads from shared memory included.
         exposed: those of them that may be issued with no wgmma in flight, other than in the loop's first pass.
+        operands: instructions that make A operands out of what was loaded: the dequantization.
+        operands_exposed: those of them that are `exposed`.
         hazards: uses of registers that a wgmma in flight needs, anywhere in the kernel.
         notes: ptxas's about wgmma (C75xx).
         spilled: bytes.
@@ -212,6 +234,8 @@ class Findings:
     wgmma: list[str]
     alu: int
     exposed: list[str]
+    operands: int
+    operands_exposed: list[str]
     hazards: list[str]
     notes: list[str]
     spilled: int
@@ -238,13 +262,20 @@ def find(dump: str) -> Findings:
     worst = max(loops, key=lambda loop: len(loop) / wgmmas(loop))
     repeating = {loop: kernel.in_flight_repeating(loop) for loop in loops}
     alu = [(i, repeating[loop][i]) for loop in loops for i in loop if not program[i].is_wgmma and program[i].written]
+    makers = [(i, repeating[loop][i]) for loop in loops for i in kernel.operand_makers(loop)]
     mix = collections.Counter(program[i].name for i in worst)
+
+    def exposed(issued: list[tuple[int, set[Flight]]]) -> list[str]:
+        return [_describe(program[i]) for i, flights in issued if Flight() in flights]
+
     return Findings(
         instructions=len(worst) / wgmmas(worst),
         mix={name: count / wgmmas(worst) for name, count in mix.most_common()},
         wgmma=sorted({program[i].opcode for i in worst if program[i].is_wgmma}),
         alu=len(alu),
-        exposed=[_describe(program[i]) for i, flights in alu if Flight() in flights],
+        exposed=exposed(alu),
+        operands=len(makers),
+        operands_exposed=exposed(makers),
         hazards=[
             f"{_describe(instruction)} uses {', '.join(f'R{r}' for r in sorted(conflicts))}"
             for instruction, flights in zip(program, states, strict=True)

@@ -68,6 +68,39 @@ def test_uses_of_registers_in_flight(parts: dict[str, str], address: str | None,
     assert found.highest_register == (30 if parts.get("loaded") == "R27" else 27)
 
 
+@pytest.mark.parametrize(
+    ("parts", "operands", "exposed"),
+    [
+        ({}, 0, 0),  # PRMT's result is no operand of a wgmma
+        ({"a": "R8"}, 1, 0),
+        ({"a": "R8", "allowed": "0x0"}, 1, 1),
+        ({"a": "R5", "loaded": "R4"}, 1, 0),  # R5 to R8: also of what was loaded, as it was
+        ({"a": "R4", "loaded": "R4"}, 0, 0),
+    ],
+)
+def test_what_makes_operands(parts: dict[str, str], operands: int, exposed: int) -> None:
+    """Loads are not counted."""
+    defaults = {"loaded": "R4", "a": "R12", "allowed": "0x1", "result": "R24"}
+    found = find(LOOP.format(**defaults | parts))
+    assert (found.operands, len(found.operands_exposed)) == (operands, exposed)
+
+
+def test_operands_are_followed_back() -> None:
+    """Through registers that are overwritten in between, and conditional instructions; the dead one is not counted."""
+    text = LOOP.format(loaded="R4", a="R12", allowed="0x1", result="R24")
+    chain = [
+        "LOP3.LUT R12, R4, R3, RZ, 0xc0, !PT",  # overwritten
+        "SHF.L.U32 R20, R4, 0x4, RZ",
+        "LOP3.LUT R12, R20, R3, RZ, 0xc0, !PT",
+        "@P2 LOP3.LUT R13, R5, R3, RZ, 0xc0, !PT",
+        "MOV R13, R6",
+        "MOV R20, R3",
+    ]
+    chain = "".join(f"    /*{0x1000 + 16 * i:04x}*/ {instruction} ;\n" for i, instruction in enumerate(chain))
+    found = find(text.replace("    /*0050*/", f"{chain}    /*0050*/"))
+    assert found.operands == 3
+
+
 def test_results_read_too_early() -> None:
     text = LOOP.format(loaded="R4", a="R12", allowed="0x1", result="R24")
     found = find(text.replace("/*00a0*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", ""))

@@ -20,6 +20,8 @@ BUDGETS = {
     # A bf16 wgmma takes half as many weights, in half the time.
     ("w4a16", "exact", -8): (20, 20),
 }
+# Instructions that dequantize a word; of a block, threads have 8.
+EXACT_WORD = {-7: 3, -8: 7}
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=str)
@@ -28,8 +30,14 @@ def test_kernel(case: Case, findings: Callable[[Case], Findings]) -> None:
     assert not found.hazards, "registers are used that a wgmma in flight needs"
     assert not found.notes
     assert not found.spilled
+    blocks = case.config.row_blocks
     if (case.scheme, case.numerics) != ("w4a8", "exact"):
-        # With "exact", a step's sums need all its wgmmas: only those of other warpgroups run meanwhile.
         assert not found.exposed, f"of {found.alu} instructions with a result, {len(found.exposed)} do not overlap"
+    else:
+        # A step's sums need all its wgmmas. So only those of other warpgroups run while its first block is dequantized,
+        # and while its last is added to the sums.
+        assert found.operands >= 8 * EXACT_WORD[case.code_min] * blocks
+        assert len(found.operands_exposed) * blocks <= found.operands, f"{found.operands_exposed} do not overlap"
+        assert sum("FFMA" in text for text in found.exposed) <= case.config.tile_tokens // 2
     budget = BUDGETS[case.scheme, case.numerics, case.code_min][case.config.row_blocks < 2]
     assert found.instructions <= budget, found.mix

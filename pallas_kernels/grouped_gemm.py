@@ -15,9 +15,10 @@ It is the dense kernel with another schedule and other stores; its pipeline and 
 Tiles begin at multiples of 8 tokens, groups anywhere (`group_schedule`). A tile that is all its group's leaves as one
 copy by TMA; another one in eights of tokens, but for those that it shares with another group, of which its own rows
 are stored by threads. So no row is written twice, nothing is padded in memory, and a group without tokens costs
-nothing. Of a large tile with few tokens, half is computed. Tiles are dealt out to blocks in turn.
+nothing. Of a large tile only as many quarters are computed as it has tokens for. Tiles are dealt out to blocks in turn.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ from .row_stores import store_rows
 # Bytes of shared memory beside the dense kernel's, for the tables of up to 1023 groups.
 MOST_GROUPS = 1023
 # With fewer tiles a block, halves of tiles come last. Weights are then read once more for them.
-_WAVES = 16
+_WAVES = 48
 
 
 def check(config: TuningConfig, groups: int, n: int, k: int, form: str) -> None:
@@ -86,9 +87,10 @@ def grouped_gemm(
     # Blocks of a cluster compute neighbouring rows of the same tokens.
     grid = config.ctas // config.cluster
     n_tiles = n // config.tile_rows // config.cluster
-    half = config.tile_tokens // 2 if config.tile_tokens >= 128 and config.tile_tokens % 16 == 0 else None
+    large = config.tile_tokens >= 128 and config.tile_tokens % 32 == 0
+    sizes = [config.tile_tokens * i // 4 for i in (1, 2, 3, 4)] if large else [config.tile_tokens]
     few = m * n_tiles < _WAVES * grid * config.tile_tokens
-    schedule = GroupSchedule(groups, n_tiles, config.tile_tokens, halves_last=half is not None and few)
+    schedule = GroupSchedule(groups, n_tiles, config.tile_tokens, halves_last=large and few)
     k_steps = k // TILE_COLUMNS
     zeros = next(c for c in (1024, 512, 256, 128) if n % c == 0)  # columns at a time
     # The memory warpgroup looks up a tile while compute warpgroups store another, as many K steps behind as there are
@@ -96,12 +98,12 @@ def grouped_gemm(
     described_tiles = config.stages + 2
 
     def by_size(tokens: Any, do: Callable[[int], None]) -> None:
-        """Does it for half of a large tile, if that is all of the tile's tokens, or for the whole tile."""
-        if half is None:
-            do(config.tile_tokens)
-            return
-        pl.when(tokens <= half)(lambda: do(half))
-        pl.when(tokens > half)(lambda: do(config.tile_tokens))
+        """Does it for as many quarters of a large tile as its tokens need."""
+        for least, size in zip([0, *sizes], sizes, strict=False):
+            if len(sizes) == 1:
+                do(size)
+            else:
+                pl.when((tokens > least) & (tokens <= size))(functools.partial(do, size))
 
     def body(
         words_gmem: Any,

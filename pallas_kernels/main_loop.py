@@ -276,14 +276,14 @@ class Staging:
 
         `copy(block, first, count)` starts the copy of a piece's block, of so many tokens from the first on.
         """
-        tokens = results[0].shape[1]
-        staged_tokens = min(self.config.staged_tokens, tokens)
-        part = next(p for p in (32, 24, 16, 8) if staged_tokens % p == 0)
+        tokens, staged_tokens = results[0].shape[1], self.config.staged_tokens
+        part = next(p for p in (32, 24, 16, 8) if tokens % p == staged_tokens % p == 0)
         scale_m = self._token_scales(0, part)
         for first in range(0, tokens, staged_tokens):
+            count = min(staged_tokens, tokens - first)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             # In parts, so that few token scales are in registers at a time; those of the next are on their way.
-            for start in range(first, first + staged_tokens, part):
+            for start in range(first, first + count, part):
                 following = self._token_scales(start + part, part) if start + part < tokens else None
                 for block, scale_n, result in zip(my_blocks, scales, results, strict=True):
                     values = _scaled(result[:, start : start + part], scale_n, scale_m).astype(jnp.bfloat16)
@@ -291,7 +291,7 @@ class Staging:
                 scale_m = following
             plgpu.commit_smem()
             for block in my_blocks:
-                copy(block, first, staged_tokens)
+                copy(block, first, count)
 
     def _token_scales(self, start: int, count: int) -> Any:
         if self.token_scale_smem is None:

@@ -10,6 +10,7 @@ import pytest
 from random_weights import random_checkpoint, weight_of
 
 from pallas_kernels import W4Weight, quantize_activations, tuning, w4a16_ragged_matmul
+from pallas_kernels import grouped_gemm as grouped_gemm_module
 from pallas_kernels.dense_gemm import TuningConfig
 from pallas_kernels.fragments import FragmentWeight
 from pallas_kernels.grouped_gemm import grouped_gemm
@@ -27,8 +28,15 @@ CASES = [  # sizes of groups, M, N, K, code_min, numerics, config
     ([5, 0, 19, 0, 9], 40, 256, 512, -7, "lut", TuningConfig(16, 2, 1, 3, cluster=2, ctas=4)),
     ([40, 0, 30], 72, 512, 512, -8, "lut", TuningConfig(32, 1, 2, 4, cluster=2, ctas=4)),
     ([150], 152, 128, 256, -7, "lut", TuningConfig(144, 1, 2, 3, ctas=1)),  # the output in two pieces
-    ([30, 100, 0, 70], 208, 256, 256, -7, "lut", TuningConfig(128, 1, 2, 3, ctas=2)),  # halves, which come last
-    ([60], 64, 2176, 128, -7, "lut", TuningConfig(128, 2, 1, 3, ctas=1)),  # halves, and more tiles than that
+    (
+        [30, 100, 0, 70],
+        208,
+        256,
+        256,
+        -7,
+        "lut",
+        TuningConfig(128, 1, 2, 3, ctas=2),
+    ),  # quarters of tiles; halves come last
 ]
 
 
@@ -60,6 +68,15 @@ def test_products(
     w = weight_of(codes, scale, code_min=code_min, numerics=numerics)
     x8, token_scale = quantize_activations(jnp.asarray(np.random.default_rng(m).standard_normal((m, k)), jnp.bfloat16))
     check(monkeypatch, x8, token_scale, w, FragmentWeight.from_weight(w), sizes, config)
+
+
+def test_parts_of_tiles_in_their_groups_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped_gemm_module, "_WAVES", 0)
+    w = weight_of(*random_checkpoint(1, 2, 128, 128))
+    x8, token_scale = quantize_activations(
+        jnp.asarray(np.random.default_rng(1).standard_normal((104, 128)), jnp.bfloat16)
+    )
+    check(monkeypatch, x8, token_scale, w, FragmentWeight.from_weight(w), [30, 70], TuningConfig(128, 2, 1, 3, ctas=1))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ first.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -242,8 +241,7 @@ def dense_gemm(
                 def _(ki: Array) -> None:
                     columns = pl.ds(ki * TILE_COLUMNS, TILE_COLUMNS)
                     x_tile = x_gmem.at[pl.ds(first_token, config.tile_tokens), columns]
-                    copy_tokens = functools.partial(pipeline.copy_tokens, x_tile)
-                    pipeline.fill(done + ki - low, words_gmem.at[rows, ki], scales_gmem.at[rows, ki], copy_tokens)
+                    pipeline.fill(done + ki - low, words_gmem.at[rows, ki], scales_gmem.at[rows, ki], x_tile)
 
                 return done + high - low
 

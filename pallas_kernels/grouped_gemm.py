@@ -223,17 +223,14 @@ def grouped_gemm(
                 expert_block, _, first_token, _, high = describe(index)
                 rows = pl.ds(expert_block, blocks)
 
-                @pl.loop(0, k_steps)
-                def step(ki: Array) -> None:
-                    def copy_tokens(slot: Any) -> None:
-                        def some(count: int) -> None:
-                            tokens, columns = pl.ds(first_token, count), pl.ds(ki * TILE_COLUMNS, TILE_COLUMNS)
-                            pipeline.copy_tokens(x_gmem.at[tokens, columns], slot)
+                def some(count: int) -> None:
+                    @pl.loop(0, k_steps)
+                    def step(ki: Array) -> None:
+                        columns = pl.ds(ki * TILE_COLUMNS, TILE_COLUMNS)
+                        x_tile = x_gmem.at[pl.ds(first_token, count), columns]
+                        pipeline.fill(done + ki, words_gmem.at[rows, ki], scales_gmem.at[rows, ki], x_tile)
 
-                        by_size(high - first_token, some)
-
-                    pipeline.fill(done + ki, words_gmem.at[rows, ki], scales_gmem.at[rows, ki], copy_tokens)
-
+                by_size(high - first_token, some)
                 return done + k_steps
 
             pipeline.finish(lax.fori_loop(0, my_tiles(), load, 0))

@@ -191,20 +191,10 @@ class Pipeline:
 
     # The memory warpgroup's side
 
-    def copy_tokens(self, x: Any, slot: Any) -> None:
-        """Starts the copy of a step's tokens, [tile_tokens or fewer, 128] in global memory."""
-        together = "rank" if self.config.cluster > 1 else None
-        to = (
-            self.x_smem.at[slot]
-            if x.shape[0] == self.config.tile_tokens
-            else self.x_smem.at[slot, pl.ds(0, x.shape[0])]
-        )
-        plgpu.copy_gmem_to_smem(x, to, self.full.at[slot], collective_axes=together)
-
-    def fill(self, i: Any, words: Any, scales: Any, copy_tokens: Callable[[Any], None]) -> None:
+    def fill(self, i: Any, words: Any, scales: Any, x: Any) -> None:
         """Starts the copies of a step, from these slices of global memory; makes tables of an earlier one.
 
-        `copy_tokens(slot)` calls the method of that name once.
+        x may have fewer tokens than a tile.
         """
         config = self.config
         slot = lax.rem(i, config.stages)
@@ -213,7 +203,11 @@ class Pipeline:
         plgpu.copy_gmem_to_smem(words, self.words_smem.at[slot], self.full.at[slot])
         arrived = self.scales_full if uses_tables else self.full
         plgpu.copy_gmem_to_smem(scales, self.scales_smem.at[slot], arrived.at[slot])
-        copy_tokens(slot)
+        together = "rank" if config.cluster > 1 else None
+        tokens = (
+            self.x_smem.at[slot] if x.shape[0] == config.tile_tokens else self.x_smem.at[slot, pl.ds(0, x.shape[0])]
+        )
+        plgpu.copy_gmem_to_smem(x, tokens, self.full.at[slot], collective_axes=together)
         if uses_tables:
             pl.when(i >= self.lag)(lambda: self._make_tables(i - self.lag))
 

@@ -64,7 +64,7 @@ def load_decoder(
         dtype: of activations and of parameters that are not quantized.
         scheme: how quantized layers compute, "w4a8" or "w4a16"; "bf16" if none is quantized.
         numerics: of quantized weights.
-        kernels: lay weights out for this device's kernels, if it has any; not with a sharding.
+        kernels: lay weights out for this device's kernels, if it has any; with a sharding, each device its part.
         sharding: puts each parameter on the devices, each its part, when it has been read.
 
     Raises:
@@ -79,7 +79,7 @@ def load_decoder(
         with nullcontext() if sharding is None else jax.default_device(jax.local_devices(backend="cpu")[0]):
             _fill(decoder, parameter, reader, scheme)
         if sharding is not None:
-            sharding.place(decoder, parameter.path)
+            sharding.place(decoder, parameter.path, kernels=kernels)
     reader.check_all_used(tied=config.tie_embeddings)
     return decoder if sharding is None else sharding.finish(decoder)
 

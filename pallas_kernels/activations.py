@@ -1,5 +1,6 @@
 """Per-token FP8 quantization of activations."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -16,11 +17,15 @@ def e4m3_unit(largest: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.maximum(divide(largest, jnp.float32(E4M3_MAX)), MIN_SCALE)
 
 
-def quantize_activations(x: Float[Array, "... K"]) -> tuple[Float[Array, "... K"], Float[Array, "... 1"]]:
+def quantize_activations(
+    x: Float[Array, "... K"], axis_name: str | None = None
+) -> tuple[Float[Array, "... K"], Float[Array, "... 1"]]:
     """Quantizes each token (the last axis) to FP8.
 
     Args:
         x: [..., K], any float dtype; computed in fp32.
+        axis_name: the mesh axis that divides tokens, inside `jax.shard_map`: then x is this device's part of each, and
+            token_scale that of the whole token.
 
     Returns:
         x8: `float8_e4m3fn` [..., K], `e4m3(x / token_scale)`.
@@ -34,5 +39,6 @@ def quantize_activations(x: Float[Array, "... K"]) -> tuple[Float[Array, "... K"
     if x.ndim == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise W4A8Error(f"activations: expected a float array [..., K], found {x.dtype}{list(x.shape)}")
     x = x.astype(jnp.float32)
-    token_scale = e4m3_unit(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    token_scale = e4m3_unit(largest if axis_name is None else jax.lax.pmax(largest, axis_name))
     return to_e4m3(divide(x, token_scale)), token_scale

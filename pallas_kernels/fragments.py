@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from .errors import W4A8Error
+from .partition import Partition
 from .weight_format import W4Weight, unpack_codes
 
 TILE_ROWS, TILE_COLUMNS = 64, 128
@@ -64,6 +65,7 @@ class FragmentWeight:
         flags: int32 [FLAGS], zeros: where blocks of the kernel that share a tile signal each other. The kernel leaves
             zeros, so that it needs no clearing before each run.
         form: how words hold codes; static.
+        partition: how the weight is divided among devices, its arrays with it; None on one device; static.
     """
 
     words: Any
@@ -71,6 +73,7 @@ class FragmentWeight:
     channel_scale: Any
     flags: Any
     form: Form = dataclasses.field(default="sign_magnitude", metadata={"static": True})
+    partition: Partition | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def from_weight(cls, w: W4Weight, scheme: Scheme = "w4a8") -> Self:

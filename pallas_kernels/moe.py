@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from .divided_moe import divided_total
 from .errors import W4A8Error
+from .expert_rows import sort_by_expert
 from .fragments import FragmentWeight, Scheme
 from .ops import (
     gated,
@@ -82,7 +84,7 @@ def moe_mlp(
         x: [..., D], float.
         router: [E, D]; its logits are computed in fp32.
         gate_up: [E, 2F, D], the rows of gate before those of up; a float array, a `W4Weight`, or what
-            `prepare_weight(w, scheme)` makes of one.
+            `prepare_weight(w, scheme)` makes of one. Divided among devices by a `Partition`, see `divided_moe`.
         down: [E, D, F], the same.
         top_k, selection, normalize: see `route`.
         scheme: how a quantized weight computes: with FP8 activations ("w4a8") or bf16 ones ("w4a16").
@@ -98,7 +100,10 @@ def moe_mlp(
     *lead, width = x.shape
     tokens = x.reshape(math.prod(lead), width)
     weights, experts = route(router_logits(tokens, router), top_k, selection=selection, normalize=normalize)
-    order, place, sizes = _sort_by_expert(experts, router.shape[0])
+    if any(isinstance(w, FragmentWeight) and w.partition is not None for w in (gate_up, down)):
+        total = divided_total(tokens, weights, experts, gate_up, down, scheme)
+        return round_to(total, x.dtype).reshape(x.shape)
+    order, place, sizes = sort_by_expert(experts, router.shape[0])
     if isinstance(gate_up, FragmentWeight) and scheme == gate_up.scheme == "w4a8":
         # Each token is quantized once, whatever its number of experts.
         inner = w4a8_ragged_rows(tokens, place, gate_up, sizes).astype(x.dtype)
@@ -112,21 +117,6 @@ def moe_mlp(
     for k in range(top_k):
         total += weights[:, k, None] * rows[place[:, k]].astype(jnp.float32)
     return round_to(total, x.dtype).reshape(x.shape)
-
-
-def _sort_by_expert(experts: Int[Array, "T top_k"], count: int) -> tuple[Array, Array, Array]:
-    """Rows (token, choice) sorted by expert, of one expert in their order; where each went; how many each expert has.
-
-    Gathers by where rows went are many times faster on a GPU than scatters, and sums than counts by scatters.
-    """
-    flat, numbers = experts.reshape(-1), jnp.arange(experts.size, dtype=jnp.int32)
-    if count * experts.size < 2**31:  # one integer says it all, which sorts faster than a pair
-        order = jnp.sort(flat * experts.size + numbers) % max(experts.size, 1)
-    else:
-        order = jnp.argsort(flat, stable=True)
-    place = jnp.zeros_like(numbers).at[order].set(numbers, unique_indices=True).reshape(experts.shape)
-    sizes = jnp.sum(flat[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
-    return order, place, sizes
 
 
 def w4a8_moe_mlp(

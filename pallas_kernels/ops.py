@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from . import reference, tuning
+from . import divided, reference, tuning
 from .activations import quantize_activations
 from .dense_gemm import dense_gemm
 from .errors import W4A8Error
 from .fragments import FragmentWeight, Scheme, takes_scales
 from .group_schedule import ALIGNMENT
 from .grouped_gemm import MOST_GROUPS, grouped_gemm
+from .partition import Partition
 from .quantize_kernel import quantize_gated, quantize_tokens
 from .rounding import round_to
 from .weight_format import GROUP_SIZE, W4Weight
@@ -26,19 +27,36 @@ def backend() -> Literal["hopper", "reference"]:
     return "hopper" if tuning.hopper() else "reference"
 
 
-def prepare_weight(w: W4Weight, scheme: Scheme = "w4a8") -> W4Weight | FragmentWeight:
+def prepare_weight(
+    w: W4Weight, scheme: Scheme = "w4a8", partition: Partition | None = None
+) -> W4Weight | FragmentWeight:
     """The weight in the layout that the default device's kernel takes; as it is where none takes it.
 
-    Converted are weights [N, K], and [E, N, K] of experts, in groups of 128, N and K multiples of 128; for
-    `w4a16_matmul` and `w4a16_ragged_matmul` ("w4a16") only in "exact" numerics with bf16 scales; with code -8 in "lut"
-    numerics, only if no group scale is negative or NaN. Worth doing once, when a model is loaded.
+    Converted are weights for which `kernel_takes` is true. Worth doing once, when a model is loaded.
+
+    Args:
+        w: [N, K], or [E, N, K] of experts.
+        scheme: the product that it is for.
+        partition: how w is divided among several devices; each converts its part.
     """
-    *experts, n, k = w.shape
+    if not (tuning.hopper() and kernel_takes(w, scheme, partition)):
+        return w
+    return _to_fragments(w, scheme) if partition is None else divided.repack(w, scheme, partition)
+
+
+def kernel_takes(w: W4Weight, scheme: Scheme = "w4a8", partition: Partition | None = None) -> bool:
+    """Whether there is a kernel for a weight, or for each device's part of one that is divided.
+
+    It is for weights [N, K], and [E, N, K] of experts, in groups of 128, N and K multiples of 128; for `w4a16_matmul`
+    and `w4a16_ragged_matmul` ("w4a16") only in "exact" numerics with bf16 scales; with code -8 in "lut" numerics, only
+    if no group scale is negative or NaN.
+    """
+    *experts, n, k = w.shape if partition is None else partition.part(w.shape)
     fits = w.group_size == GROUP_SIZE and tuning.takes(n, k)
     fits = fits and (not experts or (len(experts) == 1 and experts[0] <= MOST_GROUPS))
     if scheme == "w4a16":
         fits = fits and w.numerics == "exact" and w.group_scale.dtype == jnp.bfloat16
-    return _to_fragments(w, scheme) if fits and tuning.hopper() and takes_scales(w) else w
+    return fits and takes_scales(w)
 
 
 # Under jit, so that the codes are never unpacked in memory as a whole.
@@ -55,7 +73,8 @@ def w4a8_matmul(
 
     Args:
         x: [..., K], any float dtype; quantized to FP8 per token.
-        w: [N, K], in "lut" or "exact" numerics; a `FragmentWeight`, from `prepare_weight`, runs on the kernel.
+        w: [N, K], in "lut" or "exact" numerics; a `FragmentWeight`, from `prepare_weight`, runs on the kernel, on
+            several devices as `divided` says.
         out_dtype: dtype of the result, rounded once from fp32.
 
     Returns:
@@ -107,6 +126,8 @@ def w4a8_ragged_matmul(
     """
     _check_ragged(x, w, group_sizes, "w4a8")
     if isinstance(w, FragmentWeight):
+        if w.partition is not None:
+            raise W4A8Error("w: experts divided among devices have no product of their own; use moe_mlp")
         return w4a8_ragged_rows(x, None, w, group_sizes.astype(jnp.int32)).astype(out_dtype)
     return round_to(reference.ragged_matmul(x, w, group_sizes), out_dtype)
 
@@ -153,12 +174,17 @@ def _check(x: Array, w: W4Weight | FragmentWeight, rank: int, scheme: Scheme) ->
 
 @jax.custom_vjp
 def _kernel(x: Array, w: FragmentWeight) -> Array:
+    return _product(x, w) if w.partition is None else divided.product(_product, x, w)
+
+
+def _product(x: Array, w: FragmentWeight, axis_name: str | None = None) -> Array:
+    """bf16 [..., N] of x [..., K] on this device; `axis_name` as for `quantize_activations`."""
     *lead, k = x.shape
     m = math.prod(lead)
     x = x.reshape(m, k)
     rows = m if m <= 8 else -(-m // 8) * 8  # the copy engine's tiles are of 8 tokens
     if w.scheme == "w4a8":
-        x, token_scale = _quantized(x, rows)
+        x, token_scale = _quantized(x, rows, axis_name)
     else:
         x, token_scale = jnp.pad(round_to(x, jnp.bfloat16), ((0, rows - m), (0, 0))), None
     n, k = w.shape
@@ -166,15 +192,15 @@ def _kernel(x: Array, w: FragmentWeight) -> Array:
     return out[:m].reshape(*lead, n)
 
 
-def _quantized(x: Array, rows: int, place: Array | None = None) -> tuple[Array, Array]:
+def _quantized(x: Array, rows: int, place: Array | None = None, axis_name: str | None = None) -> tuple[Array, Array]:
     """FP8 [rows, K] and scales of x [M, K], each token in its own row, or in those of `place` [M, top_k].
 
-    What rows of no token hold is not defined.
+    What rows of no token hold is not defined. `axis_name` as for `quantize_activations`.
     """
-    if tuning.hopper():
+    if tuning.hopper() and axis_name is None:
         narrow = x.dtype in (jnp.bfloat16, jnp.float16)
         return quantize_tokens(x if narrow else x.astype(jnp.float32), rows, place)
-    x8, token_scale = quantize_activations(x)
+    x8, token_scale = quantize_activations(x, axis_name)
     if place is None:
         return tuple(jnp.pad(v, ((0, rows - x.shape[0]), (0, 0))) for v in (x8, token_scale))  # type: ignore[return-value]
     top_k = place.shape[1]

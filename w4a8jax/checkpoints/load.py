@@ -45,7 +45,7 @@ def load(
         max_context: the longest prompt and continuation together, in tokens; by default what the model allows.
         kernels: run on this device's kernels where it has any (see `w4a8jax.backend`); False: the reference in jnp.
         mesh: devices to divide the model among: its axis "tensor" divides heads, MLPs and the vocabulary, its axis
-            "expert" the experts. Each reads its part only; the kernels are not used then.
+            "expert" the experts. Each receives its part only, and runs its kernels on it.
 
     Returns:
         The model; its tokenizer is None if the checkpoint has none.

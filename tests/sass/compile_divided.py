@@ -25,7 +25,7 @@ def main() -> None:
     topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x2")
     mesh = topologies.make_mesh(topology, (2,), ("device",))
 
-    def array(shape, dtype, spec=PartitionSpec()):
+    def array(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     def divided_as(w, partition):
@@ -41,12 +41,12 @@ def main() -> None:
     def sent(function, *arguments):
         text = function.lower(*arguments).compile().as_text()
         names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-        return sorted(
-            f"{name} {shape}" for shape, name in re.findall(rf"= (\w+\[[\d,]*\])\S* ({names})(?:-done)?\(", text)
-        )
+        found = re.findall(rf"= (\w+\[[\d,]*\])\S* ({names})(?:-done)?\(", text)
+        return sorted(f"{name} {shape}" for shape, name in found)
 
     rows, columns, experts = (Partition(mesh, **{axis: "device"}) for axis in ("rows", "columns", "experts"))
-    x, router = array((64, 512), jnp.bfloat16), array((4, 512), jnp.float32)
+    whole = PartitionSpec()
+    x, router = array((64, 512), jnp.bfloat16, whole), array((4, 512), jnp.float32, whole)
     found = {"repack": sent(divided.repack, weight(columns, 512, 1024)[0], "w4a8", columns)}
     for name, partition in (("rows", rows), ("columns", columns)):
         found[name] = sent(jax.jit(w4a8_matmul), x, weight(partition, 1024, 512)[1])

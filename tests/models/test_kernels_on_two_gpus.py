@@ -85,4 +85,4 @@ def assert_no_farther(many: Any, one: Any, reference: Any) -> None:
     difference = np.delete(scores[2] - scores[1], np.arange(511, len(targets), 512))
     error = np.std(difference) / np.sqrt(len(difference))
     print(f"log probability: {np.mean(difference):.6f} +- {error:.6f} nats")
-    assert abs(np.mean(difference)) < 4 * error
+    assert abs(np.mean(difference)) <= 4 * error  # both are 0 where no product is divided

@@ -184,7 +184,7 @@ def _product(x: Array, w: FragmentWeight, axis_name: str | None = None) -> Array
     x = x.reshape(m, k)
     rows = m if m <= 8 else -(-m // 8) * 8  # the copy engine's tiles are of 8 tokens
     if w.scheme == "w4a8":
-        x, token_scale = _quantized(x, rows, axis_name)
+        x, token_scale = _quantized(x, rows, axis_name=axis_name)
     else:
         x, token_scale = jnp.pad(round_to(x, jnp.bfloat16), ((0, rows - m), (0, 0))), None
     n, k = w.shape

@@ -236,12 +236,12 @@ def test_programs_are_compiled_ahead() -> None:
 def test_our_kernels_run_what_is_chosen() -> None:
     point = Point(MODELS["qwen3-30b-a3b"], "down", 64, "uniform")
     every = [k for k in moe_kernels.our_experts() if isinstance(k, moe_kernels.OurExperts)]
-    assert [k.form(point) for k in every] == ["sign_magnitude", "two_tables", "sign_magnitude", "subnormal", "bf16"]
+    assert [k.form(point) for k in every] == ["sign_magnitude", "two_tables", "subnormal", "bf16"]
     chosen = tuning.choose_grouped(512, 128, 2048, 768, "sign_magnitude")
     assert every[0].config(point) == dataclasses.asdict(chosen)
     mlp = dataclasses.replace(point, product="mlp")
-    assert [k.takes(mlp) for k in every] == [True, False, True, False, True]
-    assert [k.takes(point) for k in every] == [True, True, False, True, True]
+    assert [k.takes(mlp) for k in every] == [True, False, False, True]
+    assert [k.takes(point) for k in every] == [True, True, True, True]
     assert len(every[0].config(mlp)) == 2
     assert every[0].limit(mlp) > every[0].limit(point)
     assert [k.name for k in kernels.selected(every, ["w4a16 -8"])] == ["grouped w4a16 -8"]

@@ -28,15 +28,9 @@ CASES = [  # sizes of groups, M, N, K, code_min, numerics, config
     ([5, 0, 19, 0, 9], 40, 256, 512, -7, "lut", TuningConfig(16, 2, 1, 3, cluster=2, ctas=4)),
     ([40, 0, 30], 72, 512, 512, -8, "lut", TuningConfig(32, 1, 2, 4, cluster=2, ctas=4)),
     ([150], 152, 128, 256, -7, "lut", TuningConfig(144, 1, 2, 3, ctas=1)),  # the output in two pieces
-    (
-        [30, 100, 0, 70],
-        208,
-        256,
-        256,
-        -7,
-        "lut",
-        TuningConfig(128, 1, 2, 3, ctas=2),
-    ),  # quarters of tiles; halves come last
+    # Parts of tiles, of which halves come last; the output in two pieces that are not alike.
+    ([30, 100, 0, 70], 208, 256, 256, -7, "lut", TuningConfig(128, 1, 2, 3, ctas=2)),
+    ([110], 112, 128, 256, -7, "lut", TuningConfig(192, 1, 2, 3, ctas=1)),
 ]
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import FragmentWeight, divided_moe, ops, tuning
+from pallas_kernels import FragmentWeight, divided_moe, ops, quantize_activations, tuning
 from pallas_kernels.dequantize import dequantize_lut, expand_groups
 from pallas_kernels.rounding import round_to
 
@@ -77,12 +77,24 @@ def kernels(out_dtype: Any = jnp.bfloat16) -> Iterator[None]:
         total = jnp.where(jnp.arange(len(x))[:, None] < ends[-1], total, 0)
         return round_to(total, out_dtype)
 
+    def quantize_tokens(x: jax.Array, rows: int, place: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        x8, token_scale = quantize_activations(x)
+        source = jnp.minimum(jnp.arange(rows), len(x) - 1)
+        if place is not None:
+            source = jnp.zeros(rows, jnp.int32).at[place].set(jnp.arange(len(x))[:, None])
+        return x8[source], token_scale[source]
+
+    def quantize_gated(gate_up: jax.Array, rows: int) -> tuple[jax.Array, ...]:
+        return quantize_tokens(ops.gated(gate_up), rows)
+
     dense_gemm, grouped_gemm = jax.jit(dense, static_argnums=3), jax.jit(grouped, static_argnums=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "hopper", lambda: True)
         patch.setattr(ops, "_dense_gemm", dense_gemm)
         for module in (ops, divided_moe):
             patch.setattr(module, "_grouped_gemm", grouped_gemm)
+            patch.setattr(module, "quantize_tokens", quantize_tokens)
+            patch.setattr(module, "quantize_gated", quantize_gated)
         jax.clear_caches()
         yield
     jax.clear_caches()

@@ -7,7 +7,7 @@ kernels look the rounded product up instead of computing it; here it is computed
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from .rounding import to_e4m3
+from .rounding import e4m3_values, to_e4m3
 
 CODES = tuple(range(-8, 8))
 
@@ -30,7 +30,7 @@ def lut_levels(group_scale: Float[Array, "..."]) -> Float[Array, "... 16"]:
 
 def lut_magnitudes(group_scale: Float[Array, "..."]) -> Float[Array, "... 9"]:
     """fp32 `e4m3(q * g)` for q = 0..8: the magnitudes of codes 0, -1, ..., -8."""
-    return jnp.abs(lut_levels(group_scale).astype(jnp.float32))[..., 8::-1]
+    return e4m3_values(jnp.arange(9, dtype=jnp.float32) * group_scale.astype(jnp.float32)[..., None])
 
 
 def nearest_codes(

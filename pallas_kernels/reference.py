@@ -1,6 +1,8 @@
 """The arithmetic of W4A8 and W4A16 in plain jnp: every platform's fallback and every kernel's oracle."""
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .activations import quantize_activations
+from .activations import activation_values, quantize_activations
 from .rounding import round_to
 from .weight_format import W4Weight
 
@@ -17,7 +19,8 @@ _IN_BF16 = {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)}
 
 def matmul(x: Float[Array, "... K"], w: W4Weight) -> Float[Array, "... N"]:
     """fp32 `channel_scale * (token_scale * sum_k w8 * x8)`, [..., N]."""
-    x8, token_scale = quantize_activations(x)
+    x8, token_scale = activation_values(x)
+    x8 = x8.astype(jnp.bfloat16) if _narrow() else x8
     return w.channel_scale * (token_scale * _dot(x8, w.operand()))
 
 
@@ -110,9 +113,22 @@ def _row_scale(w: W4Weight, group_sizes: Int[Array, "E"], rows: int) -> Float[Ar
 def _dot(x: Float[Array, "... K"], w: Float[Array, "N K"]) -> Float[Array, "... N"]:
     """fp32 sums of products that fp32 holds exactly."""
     contract = (((x.ndim - 1,), (1,)), ((), ()))
-    # bf16 holds e4m3 exactly, and CPUs with instructions for it multiply it twice as fast.
-    narrow = jax.default_backend() == "cpu" and {x.dtype, w.dtype} <= _IN_BF16
-    dtype = jnp.bfloat16 if narrow else jnp.float32
+    # bf16 holds e4m3 exactly, and CPUs with instructions for it multiply it twice as fast; others half as fast.
+    dtype = jnp.bfloat16 if {x.dtype, w.dtype} <= _IN_BF16 and _narrow() else jnp.float32
     return jax.lax.dot_general(
         x.astype(dtype), w.astype(dtype), contract, precision="highest", preferred_element_type=jnp.float32
     )
+
+
+def _narrow() -> bool:
+    return jax.default_backend() == "cpu" and _multiplies_bf16()
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    """Whether this machine's processor has instructions for products of bf16, as far as Linux tells."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return not words.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})

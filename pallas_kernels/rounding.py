@@ -18,13 +18,17 @@ _SMALLEST_NORMAL = 0x3C800000  # e4m3's, 2**-6, as fp32
 
 def to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Rounds to `float8_e4m3fn`, to nearest, ties to even, after clamping to +-448; NaN stays NaN."""
+    return e4m3_values(x).astype(jnp.float8_e4m3fn)
+
+
+def e4m3_values(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The values of `to_e4m3` as fp32, without the conversions to FP8 and back, which CPUs do step by step."""
     x = jnp.clip(x.astype(jnp.float32), -E4M3_MAX, E4M3_MAX)
     exponent = jax.lax.bitcast_convert_type(x, jnp.int32) & _EXPONENT
     # Neighbours in e4m3 are 2**-3 of the exponent's power apart; subnormals as the smallest normals.
     spacing = jnp.maximum(exponent, _SMALLEST_NORMAL) - (3 << 23)
     inverse = jax.lax.bitcast_convert_type((254 << 23) - spacing, jnp.float32)
-    rounded = jnp.round(x * inverse) * jax.lax.bitcast_convert_type(spacing, jnp.float32)
-    return rounded.astype(jnp.float8_e4m3fn)
+    return jnp.round(x * inverse) * jax.lax.bitcast_convert_type(spacing, jnp.float32)
 
 
 def round_to(x: Float[Array, "..."], dtype: jax.typing.DTypeLike) -> Float[Array, "..."]:

@@ -11,6 +11,7 @@ from pallas_kernels import (
     FragmentWeight,
     W4A8Error,
     prepare_weight,
+    reference,
     tuning,
     w4a8_matmul,
     w4a8_ragged_matmul,
@@ -53,6 +54,17 @@ def test_leading_axes_and_dtypes(dtype, numerics):
     _agree(jax.jit(w4a8_matmul, static_argnames="out_dtype")(x, w, out_dtype=jnp.float32),
            twin.matmul(x, codes, scale, numerics=numerics))  # fmt: skip
     assert w4a8_matmul(x[0, 0, 0], w).shape == (128,)
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_processors_with_and_without_bf16(monkeypatch, has_bf16):
+    """FP8 values are multiplied in what the processor is fast at: bf16 or fp32 hold them alike."""
+    monkeypatch.setattr(reference, "_multiplies_bf16", lambda: has_bf16)
+    x, (codes, scale) = _activations(0, 33, 384), random_checkpoint(1, 256, 384)
+    w = weight_of(codes, scale)
+    product = jax.jit(lambda x: reference.matmul(x, w))
+    assert ("bf16" in product.lower(x).as_text().split("dot_general", 1)[1].split("\n", 1)[0]) == has_bf16
+    _agree(product(x), twin.matmul(x, codes, scale))
 
 
 @pytest.mark.parametrize("numerics", ["lut", "exact"])

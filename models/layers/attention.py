@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from ..config import DecoderConfig
 from ..kv_cache import LayerCache
 from .chunk_attention import chunk_attention
+from .cpu_attention import MIN_STEPS, cpu_attention
 from .linear import Linear
 from .norm import RMSNorm
 from .rope import apply_rope
@@ -89,6 +90,8 @@ def causal_attention(
     window: int | None,
 ) -> Float[Array, "B T N D"]:
     """Attention of a sequence to itself; with a window, to the last `window` tokens, the current one included."""
+    if q.shape[1] >= MIN_STEPS and jax.default_backend() == "cpu" and jax.local_device_count() == 1:
+        return cpu_attention(q, k.astype(q.dtype), v.astype(q.dtype), lengths, window)
     local = None if window is None or window >= q.shape[1] else (window - 1, 0)
     return _attention(q, k, v, is_causal=True, key_value_seq_lengths=lengths, local_window_size=local)
 

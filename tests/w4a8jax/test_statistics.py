@@ -13,6 +13,7 @@ from models.weights import load_block
 from pallas_kernels import quantize_activations
 from w4a8jax import load
 from w4a8jax.calibration import Sample, read_calibration, statistics
+from w4a8jax.calibration.hessian_sum import HessianSum
 from w4a8jax.calibration.statistics import ResidualStream, advance, hessians
 from w4a8jax.checkpoints.reader import CheckpointReader
 
@@ -101,13 +102,24 @@ def test_what_is_kept_is_not_computed_again(checkpoint, monkeypatch):
             file.close()
 
 
-def test_hessians_are_symmetric(monkeypatch):
-    """What is below the diagonal is a copy, for widths of several blocks that do not divide them."""
-    monkeypatch.setattr(statistics, "_GRAM_ROWS", 96)
-    x = np.random.default_rng(0).normal(size=(50, 256)).astype(np.float32)
-    found = np.asarray(statistics._gram(jnp.asarray(x)))
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_sums_are_symmetric_and_weighted(monkeypatch, platform):
+    """Both ways of adding x x^T, by BLAS on CPUs and by XLA elsewhere, leave out what may be NaN and equal float64."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(2, 2, 25, 256)).astype(np.float32), rng.random((2, 2, 25)).astype(np.float32)
+    counted = rng.random((2, 2, 25)) < 0.7
+    counted[1] = True
+    monkeypatch.setattr("jax.default_backend", lambda: platform)
+    total, expected = HessianSum(256), 0
+    for part, some, weights in zip(x, counted, weight, strict=True):
+        with_nan = jnp.asarray(np.where(some[..., None], part, np.nan))
+        total.add(with_nan, some)
+        total.add(with_nan, some, jnp.asarray(weights))
+        wide = part[some].astype(np.float64)
+        expected = expected + (wide * (1 + weights[some][:, None])).T @ wide
+    found = np.asarray(total.result())
     np.testing.assert_array_equal(found, found.T)
-    np.testing.assert_allclose(found, x.T.astype(np.float64) @ x, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_masked_tokens_change_no_bit(checkpoint):

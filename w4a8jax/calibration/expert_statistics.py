@@ -16,7 +16,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from models.config import MoEConfig
 from models.decoder import Block
@@ -24,7 +24,8 @@ from models.layers.linear import Scheme
 from pallas_kernels import W4Weight, w4a8_matmul, w4a16_matmul
 from pallas_kernels.moe import gated, route, router_logits
 
-from .statistics import CHUNK, ResidualStream, TokenFile, add_tokens, inputs
+from .hessian_sum import HessianSum
+from .statistics import CHUNK, ResidualStream, TokenFile, inputs, kernel_inputs
 
 ExpertMatrix = Float[Array, "N K"] | W4Weight
 Leaf = Literal["gate_up", "down"]
@@ -66,8 +67,7 @@ def expert_hessians(
         unrouted_weight: the weight of a token for experts that it is not sent to; 1 for those that it is sent to.
     """
     sums = {
-        e: jnp.zeros(2 * (tokens.width if weight is None else config.intermediate_size,), jnp.float32)
-        for e, weight in gate_up.items()
+        e: HessianSum(tokens.width if weight is None else config.intermediate_size) for e, weight in gate_up.items()
     }
     size = min(CHUNK, tokens.tokens)
     for start in range(0, tokens.tokens, size):
@@ -76,8 +76,8 @@ def expert_hessians(
         x = jnp.asarray(np.concatenate([rows, np.zeros((size - len(rows), tokens.width), rows.dtype)]))
         weights = token_weights(config, router, x, unrouted_weight)
         for e, weight in gate_up.items():
-            sums[e] = _add(sums[e], x, weights[:, e], counted, weight, scheme=scheme)
-    return sums
+            sums[e].add(_multiplied(x, weight, scheme=scheme), counted, weights[:, e])
+    return {e: sums.pop(e).result() for e in gate_up}
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -98,15 +98,7 @@ def expert_inner(x: Float[Array, "T D"], gate_up: ExpertMatrix, scheme: Scheme) 
     return gated(x @ gate_up.astype(x.dtype).T)
 
 
-@partial(jax.jit, static_argnames=("scheme",), donate_argnames=("total",))
-def _add(
-    total: Float[Array, "K K"],
-    x: Float[Array, "T D"],
-    weight: Float[Array, "T"],
-    counted: Bool[Array, "T"],
-    gate_up: ExpertMatrix | None,
-    *,
-    scheme: Scheme,
-) -> Float[Array, "K K"]:
-    x = x if gate_up is None else expert_inner(x, gate_up, scheme)
-    return add_tokens(total, x, counted, scheme == "w4a8", weight)
+@partial(jax.jit, static_argnames=("scheme",))
+def _multiplied(x: Float[Array, "T D"], gate_up: ExpertMatrix | None, *, scheme: Scheme) -> Float[Array, "T K"]:
+    """The inputs of an expert's down, or of its gate_up, as the kernel multiplies them."""
+    return kernel_inputs(x if gate_up is None else expert_inner(x, gate_up, scheme), scheme == "w4a8")

@@ -25,12 +25,12 @@ from models.config import DecoderConfig
 from models.decoder import Block
 from models.kv_cache import LayerCache
 from models.layers.rope import rope_table
-from pallas_kernels import quantize_activations
+from pallas_kernels.activations import activation_values
 
 from .data import Sample
+from .hessian_sum import HessianSum
 
 CHUNK = 2048  # tokens of a pass at once, over all samples of a batch
-_GRAM_ROWS = 256  # smaller products are not faster
 
 _OUTPUT = ""  # of a layer, among the names of its modules
 _LAST = ("attention.output", "mlp.down")  # given what enters these, the layer's output takes little
@@ -129,19 +129,18 @@ def hessians(
             of computed; those of `taps` are added. So neither is computed twice for a layer.
         done: called with the number of tokens of each pass.
     """
-    total = {tap: jnp.zeros(2 * [_input_size(block, tap)], jnp.float32) for tap in taps}
+    total = {tap: HessianSum(_input_size(block, tap)) for tap in taps}
     kept = {} if kept is None else kept
     new = {
         tap: TokenFile(stream.tokens, _input_size(block, tap), stream.dtype)
         for tap in taps
         if tap in _LAST and tap not in kept
     }
-    for rows, values, sums in _passes(block, stream, total, fp8=fp8, want=tuple(new), kept=kept, done=done):
-        total = sums
+    for rows, values in _passes(block, stream, total, fp8=fp8, want=tuple(new), kept=kept, done=done):
         for tap, file in new.items():
             _write(file, rows, values[tap])
     kept |= new
-    return total
+    return {tap: total.pop(tap).result() for tap in taps}
 
 
 def inputs(
@@ -155,7 +154,7 @@ def inputs(
         taps: paths of the modules, such as "mlp".
         tokens: which of the stream's; its `mask` for those that count.
     """
-    for rows, values, _ in _passes(block, stream, {}, want=tuple(taps)):
+    for rows, values in _passes(block, stream, {}, want=tuple(taps)):
         host = {tap: np.asarray(value) for tap, value in values.items()}
         for i, (start, count) in enumerate(rows):
             at = tokens[start : start + count]
@@ -171,7 +170,7 @@ def advance(
     done: Callable[[int], None] | None = None,
 ) -> None:
     """Takes the stream from before the layer to behind it; `kept` as `hessians` left it."""
-    for rows, found, _ in _passes(block, stream, {}, want=(_OUTPUT,), kept=kept or {}, done=done):
+    for rows, found in _passes(block, stream, {}, want=(_OUTPUT,), kept=kept or {}, done=done):
         _write(stream, rows, found[_OUTPUT])
 
 
@@ -210,17 +209,17 @@ def _batches(lengths: Sequence[int], config: DecoderConfig) -> list[_Batch]:
 def _passes(
     block: Block,
     stream: ResidualStream,
-    sums: Hessians,
+    sums: Mapping[str, HessianSum],
     *,
     fp8: bool = False,
     want: tuple[str, ...] = (),
     kept: Mapping[str, TokenFile] = MappingProxyType({}),
     done: Callable[[int], None] | None = None,
-) -> Iterator[tuple[list[tuple[int, int]], dict[str, Array], Hessians]]:
-    """Runs the layer over the stream, chunk by chunk.
+) -> Iterator[tuple[list[tuple[int, int]], dict[str, Array]]]:
+    """Runs the layer over the stream, chunk by chunk, and adds its tokens to the sums.
 
     Yields the chunk's place in the stream, first row and count for each sample; the inputs [B, T, K] of the modules
-    wanted, or the layer's `_OUTPUT`; the sums.
+    wanted, or the layer's `_OUTPUT`.
     """
     config = stream.config
     graph, state = nnx.split(block)
@@ -244,16 +243,18 @@ def _passes(
                 rows.append((start, size))
             starts = np.minimum(begin, batch.lengths).astype(np.int32)
             sizes = np.array([size for _, size in rows], np.int32)
-            values, cache, sums = _step(
-                graph, state, config, x, starts, sizes, counted, cache, sums, given,
-                fresh=begin == 0 or "attention.output" in kept, fp8=fp8, want=want,
+            values, cache, multiplied = _step(
+                graph, state, config, x, starts, sizes, cache, given,
+                fresh=begin == 0 or "attention.output" in kept, fp8=fp8, want=want, taps=tuple(sums),
             )  # fmt: skip
-            yield rows, values, sums
+            for tap, tokens in multiplied.items():
+                sums[tap].add(tokens, counted)
+            yield rows, values
             if done is not None:
                 done(int(sizes.sum()))
 
 
-@partial(jax.jit, static_argnames=("graph", "config", "fresh", "fp8", "want"), donate_argnames=("cache", "sums"))
+@partial(jax.jit, static_argnames=("graph", "config", "fresh", "fp8", "want", "taps"), donate_argnames=("cache",))
 def _step(
     graph: Any,
     state: Any,
@@ -261,21 +262,21 @@ def _step(
     x: Float[Array, "B T D"],
     start: Int[Array, "B"],
     lengths: Int[Array, "B"],
-    counted: Bool[Array, "B T"],
     cache: LayerCache | None,
-    sums: Hessians,
     given: dict[str, Float[Array, "B T K"]],
     *,
     fresh: bool,
     fp8: bool,
     want: tuple[str, ...],
-) -> tuple[dict[str, Array], LayerCache | None, Hessians]:
+    taps: tuple[str, ...],
+) -> tuple[dict[str, Array], LayerCache | None, dict[str, Float[Array, "B T K"]]]:
+    """What is wanted, the cache, and the inputs of `taps` as the kernel multiplies them."""
     block = nnx.merge(graph, state)
     seen: dict[str, Array] = {}
     for path, value in given.items():
         _replace(block, path, value)
     # Inner modules first: what stands in for a module has no modules of its own.
-    for tap in sorted({*sums, *want} - {_OUTPUT}, key=lambda path: -path.count(".")):
+    for tap in sorted({*taps, *want} - {_OUTPUT}, key=lambda path: -path.count(".")):
         parent, name = _parent(block, tap)
         setattr(parent, name, _Tap(tap, getattr(parent, name), seen))
     # As in Decoder.hidden_states: padding has the position of the last token.
@@ -283,44 +284,16 @@ def _step(
     table = rope_table(config.rope, config.head_dim, config.max_context, start[:, None] + step)
     y, cache = block(x, table, start, lengths, cache, fresh)
     seen[_OUTPUT] = y
-    new = {tap: add_tokens(sums[tap], seen[tap], counted, fp8) for tap in sums}
-    return {name: seen[name] for name in want}, cache, new
-
-
-def add_tokens(
-    total: Float[Array, "K K"],
-    x: Float[Array, "*batch K"],
-    counted: Bool[Array, "*batch"],
-    fp8: bool,
-    weight: Float[Array, "*batch"] | None = None,
-) -> Float[Array, "K K"]:
-    """A Hessian with some tokens' `weight * x x^T` added; see `hessians`."""
-    # The barriers keep XLA from computing x, and what is made of it, again in each of the products on CPUs.
-    wide = jax.lax.optimization_barrier(kernel_inputs(jax.lax.optimization_barrier(x), fp8))
-    if weight is not None:
-        wide = wide * jnp.sqrt(weight)[..., None]
-    # A selection, not a product: what does not count may be NaN.
-    wide = jnp.where(counted[..., None], wide, 0).reshape(-1, x.shape[-1])
-    return total + _gram(wide)
-
-
-def _gram(x: Float[Array, "T K"]) -> Float[Array, "K K"]:
-    """x^T x, exactly symmetric: what is below the diagonal is copied, which spares up to 7/16 of the products."""
-    k = x.shape[1]
-    size = max(_GRAM_ROWS, -(-k // 8 // 128) * 128)
-    first = range(0, k, size)
-    rows = [jnp.dot(x[:, i : i + size].T, x[:, i:], precision=jax.lax.Precision.HIGHEST) for i in first]
-    upper = jnp.concatenate([jnp.pad(row, ((0, 0), (i, 0))) for i, row in zip(first, rows, strict=True)])
-    block = np.arange(k) // size
-    return jnp.where(block[:, None] <= block, upper, upper.T)
+    multiplied = {tap: kernel_inputs(jax.lax.optimization_barrier(seen[tap]), fp8) for tap in taps}
+    return {name: seen[name] for name in want}, cache, multiplied
 
 
 def kernel_inputs(x: Float[Array, "*batch K"], fp8: bool) -> Float[Array, "*batch K"]:
     """fp32 inputs as a kernel multiplies them: those of W4A8 rounded to FP8 by token."""
     if not fp8:
         return x.astype(jnp.float32)
-    x8, token_scale = quantize_activations(x)
-    return x8.astype(jnp.float32) * token_scale
+    x8, token_scale = activation_values(x)
+    return x8 * token_scale
 
 
 def _replace(block: Block, path: str, value: Float[Array, "B T K"]) -> None:

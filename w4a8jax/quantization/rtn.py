@@ -259,7 +259,11 @@ class _Scorer:
 
     def __call__(self, levels: Float[Array, "C R G 9"]) -> Float[Array, "C R G"]:
         """sum min_q (|w| - level_q)^2 - sum w^2, which is sum min_q (level_q^2 - 2 |w| level_q), q = 0 giving 0."""
-        level = [levels[..., q] for q in range(9)]
+        # Each is one array that is computed once: as a value for each q, XLA would compile, and compute, all of them 14
+        # times over.
+        square, minus_two = jax.lax.optimization_barrier(
+            tuple(jnp.moveaxis(a, -1, 0) for a in (levels * levels, -2 * levels))
+        )
 
         def add_columns(i: Array, total: Array) -> Array:
             for column in range(_UNROLL):
@@ -274,8 +278,7 @@ class _Scorer:
                 total = total + error
             return total
 
-        square, minus_two = [x * x for x in level], [-2 * x for x in level]
-        return jax.lax.fori_loop(0, self.magnitude.shape[0], add_columns, jnp.zeros_like(level[0]))
+        return jax.lax.fori_loop(0, self.magnitude.shape[0], add_columns, jnp.zeros_like(square[0]))
 
 
 def _search_lut(score: _Scorer, peak: Float[Array, "R G"], unit: Float[Array, "R"], search: Search) -> Array:

@@ -13,6 +13,10 @@ Run r of `--runs` calibrates on the windows of seed r of ../calibration.py, 128 
 evaluated by w4a8jax in the arithmetic of vLLM's kernel, on the texts of ../calibration.py; llm-compressor's scales are
 converted as vLLM converts them when it loads them.
 
+llm-compressor computes in the checkpoint's bf16, for which not every processor has instructions; without them torch
+takes several times as long as in fp32. The variants "fp32" load the model so: where /proc/cpuinfo has no avx512_bf16,
+compare with those.
+
 With `--synthetic` the model is a larger cohere2 of random weights (hidden 1024, 4 layers, MLP 4096), and only time is
 measured. Writes experiments/results/llm_compressor.json, or llm_compressor_synthetic.json.
 """
@@ -48,7 +52,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llm-compressor, MSE observer": ("theirs", {"weight_observer": "memoryless_mse"}),
     "llm-compressor, importance observer": ("theirs", {"weight_observer": "imatrix_mse"}),
     "llm-compressor, no act order": ("theirs", {"actorder": None}),
+    # The model in fp32, not as its checkpoint says: faster where the processor has no instructions for bf16.
+    "llm-compressor, fp32": ("theirs", {"dtype": "float32"}),
+    "llm-compressor, MSE observer, fp32": ("theirs", {"dtype": "float32", "weight_observer": "memoryless_mse"}),
     "w4a8jax": ("ours", {}),
+    "w4a8jax, act order": ("ours", {"act_order": True}),
     # As llm-compressor's codes are; the kernel is faster for codes from -7 on, the default.
     "w4a8jax, codes -8..7": ("ours", {"code_min": -8}),
 }

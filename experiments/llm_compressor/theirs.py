@@ -24,11 +24,13 @@ phases.done("import")
 
 def main(job: dict) -> None:
     torch.set_num_threads(job["threads"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(job["source"], dtype=torch.bfloat16)
+    options = dict(job["options"])
+    dtype = getattr(torch, options.pop("dtype", "bfloat16"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(job["source"], dtype=dtype)
     tokens = json.loads(Path(job["tokens"]).read_text())
     data = Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * len(sample) for sample in tokens]})
     phases.done("load")
-    recipe = GPTQModifier(targets="Linear", scheme="W4AFP8", ignore=["lm_head"], **job["options"])
+    recipe = GPTQModifier(targets="Linear", scheme="W4AFP8", ignore=["lm_head"], **options)
     oneshot(
         model=model,
         dataset=data,

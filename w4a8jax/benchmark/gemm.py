@@ -126,20 +126,16 @@ class Shape:
             row["config"] = kernel.config(m, self.n, self.k)
             row["operand_bytes"] = floor.operand_bytes(m, self.n, self.k, kernel.weight_bytes, kernel.input_bytes)
             rows.append(row)
-            attempts.append((partial(kernel.function, m, self.n, self.k), partial(self._check, kernel, m)))
-        fill(rows, attempts, partial(self._time, m), turns(floor.flops(m, self.n, self.k)))
+            attempts.append((partial(kernel.function, m, self.n, self.k), partial(self.check, kernel, m)))
+        fill(rows, attempts, partial(self.time, m), turns(floor.flops(m, self.n, self.k)))
         return rows
 
-    def check_and_time(self, kernel: Kernel, m: int, function: Callable[[Any, Any], Any]) -> dict[str, Any]:
-        """Raises:
-        W4A8Error: the result is wrong.
-        """
-        with timing.exclusive():
-            checked = self._check(kernel, m, function)
-            self._time(m, checked)
-        return checked.result()
+    def check(self, kernel: Kernel, m: int, function: Callable[[Any, Any], Any]) -> Checked:
+        """Compares two launches with float64, and with each other.
 
-    def _check(self, kernel: Kernel, m: int, function: Callable[[Any, Any], Any]) -> Checked:
+        Raises:
+            W4A8Error: the result is wrong.
+        """
         inputs, prepared = kernel.inputs(self.tokens(m)), self.prepared(kernel)
 
         def launch(i: int) -> Any:
@@ -154,7 +150,8 @@ class Shape:
             raise W4A8Error(f"wrong: relative error {error:.2e}, tolerance {kernel.tolerance:.0e}")
         return Checked(launch, kernel.synchronize, error, same)
 
-    def _time(self, m: int, checked: Checked) -> None:
+    def time(self, m: int, checked: Checked) -> None:
+        """Adds a timing."""
         launches = 24 if floor.flops(m, self.n, self.k) < LONG else 10
         checked.timings.append(self.measure(checked.launch, synchronize=checked.synchronize, launches=launches))
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from pallas_kernels import tuning
 from pallas_kernels.dense_gemm import TuningConfig
 from pallas_kernels.tuning_tables import Entry, Table
 
-from . import timing
+from . import floor, timing
 from .gemm import Shape
 from .kernels import OurKernel
+from .rows import fill, turns
 
 
 def run(
@@ -57,15 +59,10 @@ def run(
             gc.collect()
             bench = Shape(k, n, tokens, measure)
         where = f"K {k:6} N {n:6} M {m:6} {kernel.name}"
-        found: list[tuple[float, TuningConfig, dict[str, Any]]] = []
-        for config in configs:
-            try:
-                result = bench.check_and_time(kernel, m, kernel.compiled(m, n, k, config))
-            except Exception as e:
-                # A candidate that cannot be compiled, or is wrong, is not chosen; others may still be.
-                tell(f"{where}: {short(config)} failed: {' '.join(str(e).split())[:160]}")
-                continue
-            found.append((result["us"], config, result))
+        attempts = [(partial(kernel.compiled, m, n, k, config), partial(bench.check, kernel, m)) for config in configs]
+        rows: list[dict[str, Any]] = [{} for _ in configs]
+        fill(rows, attempts, partial(bench.time, m), turns(floor.flops(m, n, k)))
+        found = right(configs, rows, where, tell)
         if not found:
             continue
         us, best, result = min(found, key=lambda item: item[0])
@@ -81,6 +78,19 @@ def configurations(kernel: OurKernel, m: int, n: int, k: int) -> list[TuningConf
     """What to measure: what is chosen now, then the candidates; none twice."""
     form = kernel.form(n, k)
     return list(dict.fromkeys([tuning.choose(m, n, k, form), *tuning.candidates(m, n, k, form)]))
+
+
+def right(
+    configs: Sequence[TuningConfig], rows: Sequence[dict[str, Any]], where: str, tell: Callable[[str], None]
+) -> list[tuple[float, TuningConfig, dict[str, Any]]]:
+    """Microseconds, configuration and row of those that could be timed; the others are told of.
+
+    A candidate that cannot be compiled, or is wrong, is not chosen; others may still be.
+    """
+    for config, row in zip(configs, rows, strict=True):
+        if "failed" in row:
+            tell(f"{where}: {short(config)} failed: {row['failed'][:160]}")
+    return [(row["us"], config, row) for config, row in zip(configs, rows, strict=True) if "failed" not in row]
 
 
 def before(found: Sequence[tuple[float, TuningConfig, Any]], config: TuningConfig) -> str:

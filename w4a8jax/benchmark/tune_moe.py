@@ -6,6 +6,7 @@ import gc
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from pallas_kernels import tuning
@@ -16,7 +17,8 @@ from . import timing
 from .moe import Experts
 from .moe_kernels import OurExperts
 from .moe_points import Point
-from .tune import before, short
+from .rows import fill, turns
+from .tune import before, right, short
 
 
 def run(
@@ -77,24 +79,24 @@ def _best(bench: Experts, kernel: OurExperts, points: Sequence[Point], tell: Cal
     times: dict[TuningConfig, list[float]] = {}
     errors: dict[TuningConfig, float] = {}
     functions: dict[TuningConfig, Callable[[Any, Any], Any]] = {}
-    # All compile first; each routing's operands are then made once.
-    for point, config in itertools.product((None, *points), configs):
-        try:
-            if point is None:
-                kernel.prepare(bench.weights(kernel, points[0]))
-                functions[config] = kernel.compiled(points[0], config)
-            elif config in functions:
-                with timing.exclusive():
-                    checked = bench.check(kernel, point, functions[config])
-                    bench.time(point, checked)
-                result = checked.result()
-                times.setdefault(config, []).append(result["us"])
-                errors[config] = max(errors.get(config, 0), result["error"])
-        except Exception as e:
-            # A candidate that cannot be compiled, or is wrong, is not chosen; others may still be.
-            tell(f"{where}: {short(config)} failed: {' '.join(str(e).split())[:160]}")
-            functions.pop(config, None)
-    found = [(statistics.geometric_mean(times[config]), config, errors[config]) for config in functions]
+
+    def compiled(config: TuningConfig) -> Callable[[Any, Any], Any]:
+        if config not in functions:
+            kernel.prepare(bench.weights(kernel, points[0]))
+            functions[config] = kernel.compiled(points[0], config)
+        return functions[config]
+
+    remaining = configs
+    for point in points:
+        attempts = [(partial(compiled, config), partial(bench.check, kernel, point)) for config in remaining]
+        rows: list[dict[str, Any]] = [{} for _ in remaining]
+        fill(rows, attempts, partial(bench.time, point), turns(point.flops))
+        right_ones = right(remaining, rows, where, tell)
+        remaining = [config for _, config, _ in right_ones]
+        for us, config, row in right_ones:
+            times.setdefault(config, []).append(us)
+            errors[config] = max(errors.get(config, 0), row["error"])
+    found = [(statistics.geometric_mean(times[config]), config, errors[config]) for config in remaining]
     if not found:
         return None
     us, best, error = min(found, key=lambda item: item[0])

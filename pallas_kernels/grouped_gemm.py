@@ -15,10 +15,9 @@ It is the dense kernel with another schedule and other stores; its pipeline and 
 Tiles begin at multiples of 8 tokens, groups anywhere (`group_schedule`). A tile that is all its group's leaves as one
 copy by TMA; another one in eights of tokens, but for those that it shares with another group, of which its own rows
 are stored by threads. So no row is written twice, nothing is padded in memory, and a group without tokens costs
-nothing. Of a large tile only as many times 64 tokens are computed as it needs. Tiles are dealt out to blocks in turn.
+nothing. Of a large tile with few tokens, half is computed. Tiles are dealt out to blocks in turn.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,10 +38,8 @@ from .row_stores import store_rows
 
 # Bytes of shared memory beside the dense kernel's, for the tables of up to 1023 groups.
 MOST_GROUPS = 1023
-# Tokens of a tile are computed in multiples of this. For fewer, dequantization takes longer than the tensor core.
-_PART = 64
 # With fewer tiles a block, halves of tiles come last. Weights are then read once more for them.
-_WAVES = 48
+_WAVES = 16
 
 
 def check(config: TuningConfig, groups: int, n: int, k: int, form: str) -> None:
@@ -89,8 +86,8 @@ def grouped_gemm(
     # Blocks of a cluster compute neighbouring rows of the same tokens.
     grid = config.ctas // config.cluster
     n_tiles = n // config.tile_rows // config.cluster
-    large = config.tile_tokens > _PART and config.tile_tokens % _PART == 0
-    sizes = list(range(_PART, config.tile_tokens + 1, _PART)) if large else [config.tile_tokens]
+    large = config.tile_tokens >= 128 and config.tile_tokens % 16 == 0
+    sizes = [config.tile_tokens // 2, config.tile_tokens] if large else [config.tile_tokens]
     few = m * n_tiles < _WAVES * grid * config.tile_tokens
     schedule = GroupSchedule(groups, n_tiles, config.tile_tokens, halves_last=large and few)
     k_steps = k // TILE_COLUMNS
@@ -100,12 +97,13 @@ def grouped_gemm(
     described_tiles = config.stages + 2
 
     def by_size(tokens: Any, do: Callable[[int], None]) -> None:
-        """Does it for as much of a large tile as its tokens need."""
-        for least, size in zip([0, *sizes], sizes, strict=False):
-            if len(sizes) == 1:
-                do(size)
-            else:
-                pl.when((tokens > least) & (tokens <= size))(functools.partial(do, size))
+        """Does it for half of a large tile, if that is all of the tile's tokens, or for the whole tile."""
+        *half, whole = sizes
+        if not half:
+            do(whole)
+            return
+        pl.when(tokens <= half[0])(lambda: do(half[0]))
+        pl.when(tokens > half[0])(lambda: do(whole))
 
     def body(
         words_gmem: Any,

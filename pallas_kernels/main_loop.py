@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array
 
 from .fragments import TILE_COLUMNS, TILE_ROWS, Form
@@ -272,6 +274,8 @@ class Staging:
         """
         tokens, staged_tokens = results[0].shape[1], self.config.staged_tokens
         part = next(p for p in (32, 24, 16, 8) if tokens % p == staged_tokens % p == 0)
+        # Where blocks are in shared memory, which would otherwise be held in registers during the main loop.
+        places = [computed_here(block) for block in my_blocks]
         scale_m = self._token_scales(0, part)
         for first in range(0, tokens, staged_tokens):
             count = min(staged_tokens, tokens - first)
@@ -279,9 +283,9 @@ class Staging:
             # In parts, so that few token scales are in registers at a time; those of the next are on their way.
             for start in range(first, first + count, part):
                 following = self._token_scales(start + part, part) if start + part < tokens else None
-                for block, scale_n, result in zip(my_blocks, scales, results, strict=True):
+                for place, scale_n, result in zip(places, scales, results, strict=True):
                     values = _scaled(result[:, start : start + part], scale_n, scale_m).astype(jnp.bfloat16)
-                    self.out_smem.at[block, pl.ds(start - first, part)].T[...] = values  # by stmatrix
+                    self.out_smem.at[place, pl.ds(start - first, part)].T[...] = values  # by stmatrix
                 scale_m = following
             plgpu.commit_smem()
             for block in my_blocks:
@@ -292,6 +296,20 @@ class Staging:
             return None
         scales = self.token_scale_smem.at[self.warpgroup, pl.ds(start, count)]
         return plgpu.load(scales, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+
+
+def computed_here(value: Any) -> Any:
+    """An int32 scalar that the compiler does not see through, so that what depends on it stays where it is."""
+    layout = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=layout))
+    def copied(_: Any, value: Any) -> Any:
+        (register,) = value.registers.flat
+        text = "mov.b32 $0, $1;"
+        register = llvm.inline_asm(register.type, [register], text, "=r,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(register, (), is_signed=True)
+
+    return copied(jnp.asarray(value, jnp.int32))
 
 
 def _scaled(result: Any, scale_n: Any, scale_m: Any) -> Any:

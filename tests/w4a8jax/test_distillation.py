@@ -403,7 +403,11 @@ def test_divided_among_devices(kind, axes, request, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout.splitlines()[-1])
-    np.testing.assert_allclose(*found["losses"], rtol=2e-2)
+    one, divided = found["losses"]
+    np.testing.assert_allclose(divided[0], one[0], rtol=1e-3)
+    # Adam's first steps have the sign of gradients however small, which sums in another order may turn; a token that is
+    # then sent to another expert moves the loss of so few by 2 in 100.
+    np.testing.assert_allclose(divided[1:], one[1:], rtol=4e-2)
     assert found["same"] > 0.99
     if kind == "pair":
         assert found["refused"] == "mesh: 3 sequences cannot be divided among 2 devices"

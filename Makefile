@@ -26,7 +26,7 @@ demo: $(READY)
 	$(BIN)/python experiments/demo.py
 
 test: $(READY) oracle-env sass-env
-	$(BIN)/python -m pytest -m "not vllm" --durations=10 --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not vllm" --durations=10 --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

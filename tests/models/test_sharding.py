@@ -1,15 +1,13 @@
-"""Runs `eight_devices.py` and `eight_devices_kernels.py`: the number of simulated devices is fixed when JAX starts."""
+"""Runs `eight_devices.py`: the number of simulated devices is fixed when JAX starts."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 
-
-@pytest.mark.parametrize("file", ["eight_devices.py", "eight_devices_kernels.py"])
-def test_eight_devices(file: str) -> None:
+def run(file: str) -> None:
+    """Runs a file of tests with eight devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     command = [
         sys.executable,
@@ -21,6 +19,10 @@ def test_eight_devices(file: str) -> None:
         str(Path(__file__).parent / file),
     ]
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert run.returncode == 0, run.stdout[-5000:]
-    assert " passed" in run.stdout
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout
+
+
+def test_eight_devices() -> None:
+    run("eight_devices.py")

@@ -11,13 +11,7 @@ from .divided_moe import divided_total
 from .errors import W4A8Error
 from .expert_rows import sort_by_expert
 from .fragments import FragmentWeight, Scheme
-from .ops import (
-    gated,
-    w4a8_gated_rows,
-    w4a8_ragged_matmul,
-    w4a8_ragged_rows,
-    w4a16_ragged_matmul,
-)
+from .ops import gated, w4a8_gated_rows, w4a8_ragged_matmul, w4a8_ragged_rows, w4a16_ragged_matmul
 from .reference import ragged_dot
 from .rounding import round_to
 from .straight_through import MasterWeight, straight_through_ragged_matmul

@@ -368,7 +368,9 @@ import w4a8jax
 from w4a8jax import DistillationOptions
 
 teacher, student, data, out, axes = sys.argv[1:]
-options = DistillationOptions(steps=3, batch=4, length=48, warmup=1, learning_rate=1e-4, dtype="float32")
+# Adam's first steps have the sign of gradients however small, which sums in another order may turn: with experts, third
+# losses of one device and four are 0.8 % apart at this rate, 0.4 % at 2e-5, 2.1 % at 1e-4.
+options = DistillationOptions(steps=3, batch=4, length=48, warmup=1, learning_rate=5e-5, dtype="float32")
 names, losses = axes.split(","), []
 for mesh in (None, jax.make_mesh((2, 2), tuple(names))):
     record = w4a8jax.distill(teacher, student, data, f"{out}{len(losses)}", options=options, mesh=mesh)
@@ -405,9 +407,7 @@ def test_divided_among_devices(kind, axes, request, tmp_path):
     found = json.loads(result.stdout.splitlines()[-1])
     one, divided = found["losses"]
     np.testing.assert_allclose(divided[0], one[0], rtol=1e-3)
-    # Adam's first steps have the sign of gradients however small, which sums in another order may turn; a token that is
-    # then sent to another expert moves the loss of so few by 2 in 100.
-    np.testing.assert_allclose(divided[1:], one[1:], rtol=4e-2)
+    np.testing.assert_allclose(divided[1:], one[1:], rtol=2e-2)
     assert found["same"] > 0.99
     if kind == "pair":
         assert found["refused"] == "mesh: 3 sequences cannot be divided among 2 devices"

@@ -1,6 +1,13 @@
 """Present so that pytest puts this folder on the path: `numpy_twin` is imported from tests in folders below."""
 
 import os
+from pathlib import Path
 
 # Threads of XLA's CPU client, which reads this once: each warpgroup of an interpreted kernel blocks one.
 os.environ.setdefault("NPROC", "16")
+
+# Most of the time goes into compiling, and the same programs come up in many tests, processes and runs. With a limit of
+# its size the cache is locked, so that no process reads what another is still writing.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache/compiled"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

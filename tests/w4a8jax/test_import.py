@@ -17,15 +17,20 @@ def python(code: str) -> Any:
     return json.loads(result.stdout)
 
 
+def quickest(code: str) -> Any:
+    """What takes the fewest seconds of processor time of three runs: other tests run beside this one."""
+    return min((python(code) for _ in range(3)), key=lambda found: found["seconds"])
+
+
 def test_import_is_quick_and_loads_no_jax() -> None:
     code = """
 import json, sys, time
-start = time.perf_counter()
+start = time.process_time()
 import w4a8jax
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps({"seconds": seconds, "jax": "jax" in sys.modules, "flax": "flax" in sys.modules}))
 """
-    found = python(code)
+    found = quickest(code)
     assert found["seconds"] < 0.5
     assert not found["jax"]
     assert not found["flax"]
@@ -35,16 +40,16 @@ def test_all_of_it_adds_under_a_second_to_jax_and_touches_no_device() -> None:
     code = """
 import json, sys, time
 import jax, flax.nnx, matplotlib
-start = time.perf_counter()
+start = time.process_time()
 import w4a8jax
 for name in w4a8jax.__all__:
     getattr(w4a8jax, name)
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 from jax._src import xla_bridge
 print(json.dumps({"seconds": seconds, "backends": list(xla_bridge._backends)}))
 """
-    found = python(code)
-    assert found["seconds"] < 1.5
+    found = quickest(code)
+    assert found["seconds"] < 1
     assert found["backends"] == []
 
 

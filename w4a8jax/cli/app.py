@@ -22,6 +22,7 @@ from . import (
     report,
     verify,
 )
+from .compile_cache import keep_compiled
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -123,4 +124,5 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    keep_compiled()
     app()

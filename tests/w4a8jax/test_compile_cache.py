@@ -1,0 +1,52 @@
+"""Programs that commands compiled are kept on disk."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import w4a8jax
+
+
+def quantize(home: Path, target: Path, **variables: str) -> bytes:
+    """The weights that a command in a process of its own writes."""
+    kept = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    command = [sys.executable, "-c", "from w4a8jax.cli import main; main()", "quantize", "--search", "none", "--quiet"]
+    done = subprocess.run(
+        [*command, w4a8jax.reference_model("dense"), target],
+        env=kept | {"HOME": str(home), "JAX_PLATFORMS": "cpu"} | variables, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert not done.stderr
+    return b"".join(file.read_bytes() for file in sorted(target.glob("*.safetensors")))
+
+
+def uses(folder: Path) -> dict[str, bytes]:
+    """When each program was last written or read, as JAX notes it."""
+    programs = {path.name.removesuffix("-cache") for path in folder.rglob("*-cache")}
+    found = {path.name.removesuffix("-atime"): path.read_bytes() for path in folder.rglob("*-atime")}
+    assert set(found) == programs
+    return found
+
+
+def test_a_command_finds_what_an_earlier_one_compiled(tmp_path: Path) -> None:
+    folder = tmp_path / ".cache/w4a8jax"
+    weights = quantize(tmp_path, tmp_path / "one")
+    first = uses(folder)
+    assert first
+    assert quantize(tmp_path, tmp_path / "two") == weights
+    second = uses(folder)
+    assert set(second) == set(first)
+    assert all(second[name] != first[name] for name in first)
+
+
+def test_variables_that_are_set_stay(tmp_path: Path) -> None:
+    variables = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    quantize(tmp_path, tmp_path / "one", **variables)
+    assert list((tmp_path / "own").glob("*-cache"))
+    assert not (tmp_path / ".cache").exists()
+
+
+def test_where_nothing_can_be_written_nothing_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert quantize(tmp_path, tmp_path / "one", XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "one"}

@@ -27,6 +27,7 @@ from models.kv_cache import LayerCache
 from models.layers.rope import rope_table
 from pallas_kernels.activations import activation_values
 
+from ..one_ahead import one_ahead
 from .data import Sample
 from .hessian_sum import HessianSum
 
@@ -221,6 +222,23 @@ def _passes(
     Yields the chunk's place in the stream, first row and count for each sample; the inputs [B, T, K] of the modules
     wanted, or the layer's `_OUTPUT`.
     """
+    for rows, counted, values, multiplied in one_ahead(_steps(block, stream, tuple(sums), fp8, want, kept)):
+        for tap, tokens in multiplied.items():
+            sums[tap].add(tokens, counted)
+        yield rows, values
+        if done is not None:
+            done(sum(size for _, size in rows))
+
+
+def _steps(
+    block: Block,
+    stream: ResidualStream,
+    taps: tuple[str, ...],
+    fp8: bool,
+    want: tuple[str, ...],
+    kept: Mapping[str, TokenFile],
+) -> Iterator[tuple[list[tuple[int, int]], Bool[np.ndarray, "B T"], dict[str, Array], dict[str, Array]]]:
+    """Of each chunk: its place, as `_passes` has it, which of its tokens count, and the results of `_step`."""
     config = stream.config
     graph, state = nnx.split(block)
     for batch in stream.batches:
@@ -245,13 +263,9 @@ def _passes(
             sizes = np.array([size for _, size in rows], np.int32)
             values, cache, multiplied = _step(
                 graph, state, config, x, starts, sizes, cache, given,
-                fresh=begin == 0 or "attention.output" in kept, fp8=fp8, want=want, taps=tuple(sums),
+                fresh=begin == 0 or "attention.output" in kept, fp8=fp8, want=want, taps=taps,
             )  # fmt: skip
-            for tap, tokens in multiplied.items():
-                sums[tap].add(tokens, counted)
-            yield rows, values
-            if done is not None:
-                done(int(sizes.sum()))
+            yield rows, counted, values, multiplied
 
 
 @partial(jax.jit, static_argnames=("graph", "config", "fresh", "fp8", "want", "taps"), donate_argnames=("cache",))

@@ -28,6 +28,8 @@ from jaxtyping import Array, Float, Int, UInt8
 from pallas_kernels import GROUP_SIZE, W4A8Error, convert_scales, pack_codes, to_e4m3
 from pallas_kernels.dequantize import lut_magnitudes, nearest_codes
 
+from ..one_ahead import one_ahead
+
 Numerics = Literal["lut", "exact"]
 Search = Literal["full", "fast", "none"]
 
@@ -110,7 +112,7 @@ def quantize_weight(
         (rows, _quantize_block(b, importance, numerics=numerics, code_min=code_min, search=search))
         for rows, b in _blocks(w)
     )
-    for rows, result in _one_ahead(pending):
+    for rows, result in one_ahead(pending):
         count = rows.stop - rows.start
         block_packed, block_scale, unit, row_error, row_total = (np.asarray(r)[:count] for r in result)
         if not np.isfinite(unit).all():
@@ -123,15 +125,6 @@ def quantize_weight(
     nibbles = by_byte.reshape(16, 16)
     histogram = nibbles.sum(0) + nibbles.sum(1)
     return QuantizedTensor(packed, scale, float(np.sqrt(error / total)) if total else 0.0, histogram)
-
-
-def _one_ahead[T](items: Iterator[T]) -> Iterator[T]:
-    """The same items, each taken while the next is already being computed."""
-    previous = next(items)
-    for item in items:
-        yield previous
-        previous = item
-    yield previous
 
 
 def _check(w: Any, numerics: str, code_min: int, search: str, name: str) -> None:
@@ -244,21 +237,23 @@ class _Scorer:
     """Squared errors of groups for candidate levels, the inner loop of the search."""
 
     def __init__(self, groups: Float[Array, "R G 128"], code_min: int, importance: Float[Array, "K"] | None = None):
-        # Groups go last: each of the 128 steps is then a vector operation over groups and candidates.
+        # Groups of all rows go last, as one axis: each of the 128 steps is then a vector operation over them.
         # The barrier keeps the transpose apart: fused into what follows, it would read memory in strides.
-        by_column = jax.lax.optimization_barrier(groups.transpose(2, 0, 1))
-        by_column = by_column.reshape(-1, _UNROLL, *groups.shape[:2])
+        self.shape = groups.shape[:2]
+        by_column = jax.lax.optimization_barrier(groups.reshape(-1, GROUP_SIZE).T)
+        by_column = by_column.reshape(-1, _UNROLL, by_column.shape[1])
         self.magnitude = jnp.abs(by_column)
         self.negative = jnp.maximum(-by_column, 0) if code_min == -8 else None
         self.importance = None
         if importance is not None:
             # Once for each row: a product that is broadcast within the loop would not be a vector operation.
-            by_column = importance.reshape(-1, GROUP_SIZE).T[:, None]
-            by_column = jax.lax.optimization_barrier(jnp.broadcast_to(by_column, (GROUP_SIZE, *groups.shape[:2])))
-            self.importance = by_column.reshape(-1, _UNROLL, *groups.shape[:2])
+            by_group = jnp.broadcast_to(importance.reshape(1, -1, GROUP_SIZE), groups.shape)
+            self.importance = jax.lax.optimization_barrier(by_group.reshape(-1, GROUP_SIZE).T)
+            self.importance = self.importance.reshape(by_column.shape)
 
     def __call__(self, levels: Float[Array, "C R G 9"]) -> Float[Array, "C R G"]:
         """sum min_q (|w| - level_q)^2 - sum w^2, which is sum min_q (level_q^2 - 2 |w| level_q), q = 0 giving 0."""
+        levels = levels.reshape(len(levels), -1, 9)
         # Each is one array that is computed once: as a value for each q, XLA would compile, and compute, all of them 14
         # times over.
         square, minus_two = jax.lax.optimization_barrier(
@@ -278,7 +273,8 @@ class _Scorer:
                 total = total + error
             return total
 
-        return jax.lax.fori_loop(0, self.magnitude.shape[0], add_columns, jnp.zeros_like(square[0]))
+        total = jax.lax.fori_loop(0, self.magnitude.shape[0], add_columns, jnp.zeros_like(square[0]))
+        return total.reshape(-1, *self.shape)
 
 
 def _search_lut(score: _Scorer, peak: Float[Array, "R G"], unit: Float[Array, "R"], search: Search) -> Array:

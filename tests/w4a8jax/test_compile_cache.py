@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import w4a8jax
+from pallas_kernels import backend
 
 
 def quantize(home: Path, target: Path, **variables: str) -> bytes:
@@ -50,3 +53,19 @@ def test_where_nothing_can_be_written_nothing_is_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert quantize(tmp_path, tmp_path / "one", XDG_CACHE_HOME=str(tmp_path / "file"))
     assert {path.name for path in tmp_path.iterdir()} == {"file", "one"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(backend() != "hopper", reason="no Hopper GPU")
+def test_kernels_are_kept_too(tmp_path: Path) -> None:
+    w4a8jax.quantize(w4a8jax.reference_model("dense"), tmp_path / "model", search="none", progress=False)
+    kept = {name: value for name, value in os.environ.items() if "CACHE" not in name} | {"HOME": str(tmp_path)}
+    command = [sys.executable, "-c", "from w4a8jax.cli import main; main()", "generate", tmp_path / "model"]
+    options = ["--prompt", "def main():", "--max-tokens", "32", "--temperature", "0"]
+    texts = [subprocess.run([*command, *options], env=kept, capture_output=True, text=True, check=True).stdout]
+    first = uses(tmp_path / ".cache/w4a8jax")
+    texts.append(subprocess.run([*command, *options], env=kept, capture_output=True, text=True, check=True).stdout)
+    second = uses(tmp_path / ".cache/w4a8jax")
+    assert texts[0] == texts[1] != ""
+    assert set(second) == set(first) != set()
+    assert all(second[name] != first[name] for name in first)

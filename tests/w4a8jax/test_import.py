@@ -36,20 +36,22 @@ print(json.dumps({"seconds": seconds, "jax": "jax" in sys.modules, "flax": "flax
     assert not found["flax"]
 
 
-def test_all_of_it_adds_under_a_second_to_jax_and_touches_no_device() -> None:
+def test_all_of_it_adds_less_than_jax_and_flax_take_and_touches_no_device() -> None:
     code = """
 import json, sys, time
+times = [time.process_time()]
 import jax, flax.nnx, matplotlib
-start = time.process_time()
+times.append(time.process_time())
 import w4a8jax
 for name in w4a8jax.__all__:
     getattr(w4a8jax, name)
-seconds = time.process_time() - start
+times.append(time.process_time())
 from jax._src import xla_bridge
-print(json.dumps({"seconds": seconds, "backends": list(xla_bridge._backends)}))
+others, seconds = times[1] - times[0], times[2] - times[1]
+print(json.dumps({"others": others, "seconds": seconds, "backends": list(xla_bridge._backends)}))
 """
     found = quickest(code)
-    assert found["seconds"] < 1
+    assert found["seconds"] < found["others"]
     assert found["backends"] == []
 
 

@@ -100,7 +100,7 @@ def test_rounding_parts_costs_no_more_than_rounding_wholes(family: str, shards: 
     assert 0 < many < 1.15 * one
 
 
-@pytest.mark.parametrize("family", ["cohere2"])
+@pytest.mark.parametrize("family", ["cohere2", "qwen3_moe"])
 def test_generated_tokens_are_those_of_one_device(family: str) -> None:
     prompts = [[1, 5, 7, 9], [3] * 20]
     with fragment_standin.kernels(jnp.float32):

@@ -11,15 +11,18 @@ import w4a8jax
 from pallas_kernels import backend
 
 
-def quantize(home: Path, target: Path, **variables: str) -> bytes:
-    """The weights that a command in a process of its own writes."""
+def run(home: Path, *arguments: str | Path, **variables: str) -> str:
+    """What a command prints, in a process of its own that keeps all programs, however quickly they compile."""
     kept = {name: value for name, value in os.environ.items() if "CACHE" not in name}
-    command = [sys.executable, "-c", "from w4a8jax.cli import main; main()", "quantize", "--search", "none", "--quiet"]
-    done = subprocess.run(
-        [*command, w4a8jax.reference_model("dense"), target],
-        env=kept | {"HOME": str(home), "JAX_PLATFORMS": "cpu"} | variables, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert not done.stderr
+    environment = kept | {"HOME": str(home), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | variables
+    command = [sys.executable, "-c", "from w4a8jax.cli import main; main()", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def quantize(home: Path, target: Path, **variables: str) -> bytes:
+    """The weights that a command writes."""
+    source = w4a8jax.reference_model("dense")
+    run(home, "quantize", source, target, "--search", "none", "--quiet", JAX_PLATFORMS="cpu", **variables)
     return b"".join(file.read_bytes() for file in sorted(target.glob("*.safetensors")))
 
 
@@ -43,10 +46,14 @@ def test_a_command_finds_what_an_earlier_one_compiled(tmp_path: Path) -> None:
 
 
 def test_variables_that_are_set_stay(tmp_path: Path) -> None:
-    variables = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    quantize(tmp_path, tmp_path / "one", **variables)
+    quantize(tmp_path, tmp_path / "one", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
     assert list((tmp_path / "own").glob("*-cache"))
     assert not (tmp_path / ".cache").exists()
+
+
+def test_it_can_be_turned_off(tmp_path: Path) -> None:
+    quantize(tmp_path, tmp_path / "one", JAX_ENABLE_COMPILATION_CACHE="false")
+    assert not uses(tmp_path)
 
 
 def test_where_nothing_can_be_written_nothing_is_kept(tmp_path: Path) -> None:
@@ -59,13 +66,13 @@ def test_where_nothing_can_be_written_nothing_is_kept(tmp_path: Path) -> None:
 @pytest.mark.skipif(backend() != "hopper", reason="no Hopper GPU")
 def test_kernels_are_kept_too(tmp_path: Path) -> None:
     w4a8jax.quantize(w4a8jax.reference_model("dense"), tmp_path / "model", search="none", progress=False)
-    kept = {name: value for name, value in os.environ.items() if "CACHE" not in name} | {"HOME": str(tmp_path)}
-    command = [sys.executable, "-c", "from w4a8jax.cli import main; main()", "generate", tmp_path / "model"]
-    options = ["--prompt", "def main():", "--max-tokens", "32", "--temperature", "0"]
-    texts = [subprocess.run([*command, *options], env=kept, capture_output=True, text=True, check=True).stdout]
-    first = uses(tmp_path / ".cache/w4a8jax")
-    texts.append(subprocess.run([*command, *options], env=kept, capture_output=True, text=True, check=True).stdout)
-    second = uses(tmp_path / ".cache/w4a8jax")
-    assert texts[0] == texts[1] != ""
-    assert set(second) == set(first) != set()
+    folder = tmp_path / ".cache/w4a8jax"
+    arguments = ["generate", tmp_path / "model", "--prompt", "def main():", "--max-tokens", "32", "--temperature", "0"]
+    text = run(tmp_path, *arguments)
+    first = uses(folder)
+    assert text
+    assert first
+    assert run(tmp_path, *arguments) == text
+    second = uses(folder)
+    assert set(second) == set(first)
     assert all(second[name] != first[name] for name in first)

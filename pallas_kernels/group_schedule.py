@@ -34,17 +34,19 @@ class GroupSchedule:
         n_tiles: tiles of a group along the rows of its weight.
         tile_tokens: rows of a tile of tokens.
         halves_last: whether last tiles of groups that are at most half full come after all others.
+        strip_tokens: tokens whose tiles share rows of weights before the next rows.
     """
 
     groups: int
     n_tiles: int
     tile_tokens: int
     halves_last: bool = False
+    strip_tokens: int = 2048
 
     @property
     def strip(self) -> int:
         """Tiles of tokens that share rows of weights before the next rows."""
-        return max(1, 2048 // self.tile_tokens)
+        return max(1, self.strip_tokens // self.tile_tokens)
 
     @property
     def table_size(self) -> int:

@@ -40,6 +40,8 @@ from .row_stores import store_rows
 MOST_GROUPS = 1023
 # With fewer tiles a block, halves of tiles come last. Weights are then read once more for them.
 _WAVES = 16
+# Bytes of a strip's tokens, above which fewer are taken: 8 tiles of 256 tokens, 4 where K is large.
+_STRIP_BYTES = 2**24
 
 
 def check(config: TuningConfig, groups: int, n: int, k: int, form: str) -> None:
@@ -89,7 +91,8 @@ def grouped_gemm(
     large = config.tile_tokens >= 128 and config.tile_tokens % 16 == 0
     sizes = [config.tile_tokens // 2, config.tile_tokens] if large else [config.tile_tokens]
     few = m * n_tiles < _WAVES * grid * config.tile_tokens
-    schedule = GroupSchedule(groups, n_tiles, config.tile_tokens, halves_last=large and few)
+    strip_tokens = 2048 if 2048 * k * x.dtype.itemsize <= _STRIP_BYTES else 1024
+    schedule = GroupSchedule(groups, n_tiles, config.tile_tokens, large and few, strip_tokens)
     k_steps = k // TILE_COLUMNS
     zeros = next(c for c in (1024, 512, 256, 128) if n % c == 0)  # columns at a time
     # The memory warpgroup looks up a tile while compute warpgroups store another, as many K steps behind as there are

@@ -30,9 +30,10 @@ def tables(sizes: list[int], schedule: GroupSchedule) -> tuple[np.ndarray, np.nd
     st.sampled_from([8, 16, 24, 128, 512]),
     st.integers(1, 3),
     st.booleans(),
+    st.sampled_from([100, 1024, 2048]),
 )
-def test_each_row_once(sizes: list[int], tile_tokens: int, n_tiles: int, halves_last: bool) -> None:
-    schedule = GroupSchedule(len(sizes), n_tiles, tile_tokens, halves_last)
+def test_each_row_once(sizes: list[int], tile_tokens: int, n_tiles: int, halves_last: bool, strip_tokens: int) -> None:
+    schedule = GroupSchedule(len(sizes), n_tiles, tile_tokens, halves_last, strip_tokens)
     rows, before = tables(sizes, schedule)
     seen = np.zeros((sum(sizes), n_tiles), np.int32)
     owner = np.repeat(np.arange(len(sizes)), sizes)

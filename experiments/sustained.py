@@ -5,7 +5,7 @@
 Configurations are tile_tokens, row_blocks, warpgroups, stages and cluster; kernels take turns. "pipe" is the part of
 the tensor cores' cycles that the products' operations fill, at the clock that was seen: where it is near that of the
 other kernels and the clock is lower, power is the limit; where it is lower, the kernel's own cycles are. `--once`
-launches each kernel twice, for ncu.
+measures nothing, for ncu, which then sees five launches of each kernel.
 """
 
 import argparse
@@ -26,9 +26,7 @@ from w4a8jax.benchmark.moe import Experts
 from w4a8jax.benchmark.moe_kernels import ExpertsKernel, OurExperts
 from w4a8jax.benchmark.moe_peers import VllmW4A8Experts
 from w4a8jax.benchmark.moe_points import MODELS, ROUTINGS, Point
-from w4a8jax.benchmark.rows import now
 
-TURNS = 3
 # Operations in a clock of a Hopper SM in FP8, multiplications and additions.
 FP8_OPERATIONS = 2 * 4096
 
@@ -48,7 +46,7 @@ class Sampler:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.found: dict[str, Any] = {}
+        self.found: list[dict[str, float]] = []
 
     def __call__(self, launch: Callable[[int], Any], *, synchronize: Any, launches: int) -> timing.Timing:
         measured = timing.measure(launch, synchronize=synchronize, launches=launches)
@@ -68,7 +66,7 @@ class Sampler:
         samples = sampled.result()[:-1]
         samples = samples[len(samples) // 2 :]
         clock, power = statistics.median(s[0] for s in samples), samples[-1][1]
-        self.found = {"us_sustained": us, "MHz": clock, "W": power, "samples": len(samples)}
+        self.found.append({"us_sustained": us, "MHz": clock, "W": power, "samples": len(samples)})
         return timing.Timing.of([us], measured.kernels)
 
 
@@ -111,23 +109,20 @@ def main(arguments: argparse.Namespace) -> None:
         kernels.append(VllmW4A8Experts("vllm cutlass w4a8", "w4a8", 0.5 + 1 / 128, 1, tolerance=3e-2))
     sampler = Sampler(arguments.seconds)
     bench = Experts([point], once if arguments.once else sampler)
-    rows = []
-    multiprocessors = jax.devices()[0].core_count
-    for turn in range(1 if arguments.once else TURNS):
-        for kernel in kernels:
-            sampler.found = {}
-            (row,) = bench.rows([kernel], point)
-            row = {k: row[k] for k in ("kernel", "config", "error", "failed", "flops") if k in row}
-            row |= {"point": str(point), "turn": turn, **sampler.found}
-            if "MHz" in row:
-                rate = row["flops"] / row["us_sustained"] * 1e6
-                row["TFLOP_s"] = rate / 1e12
-                row["pipe"] = rate / (multiprocessors * FP8_OPERATIONS * row["MHz"] * 1e6)
-            rows.append(row)
-            print(json.dumps({k: v for k, v in row.items() if k not in ("config", "flops")}), flush=True)
+    rows = bench.rows(kernels, point)
+    measured = [row for row in rows if "failed" not in row]
+    rate_at = jax.devices()[0].core_count * FP8_OPERATIONS * 1e6
+    # Kernels took turns: of each, the turns' medians.
+    for i, row in enumerate([] if arguments.once else measured):
+        turns = sampler.found[i :: len(measured)]
+        row |= {name: statistics.median(turn[name] for turn in turns) for name in turns[0]} | {"turns": len(turns)}
+        row["pipe"] = row["flops"] / row["us_sustained"] * 1e6 / (rate_at * row["MHz"])
+    names = ("kernel", "failed", "error", "us_sustained", "MHz", "W", "pipe", "turns")
+    for row in rows:
+        print(json.dumps({name: row[name] for name in names if name in row}), flush=True)
     if arguments.out:
         record = json.loads(arguments.out.read_text()) if arguments.out.exists() else gemm.describe_run("sustained.py")
-        record.setdefault("rows", []).extend([row | {"date": now()} for row in rows])
+        record.setdefault("rows", []).extend(rows)
         arguments.out.write_text(json.dumps(record, indent=1))
 
 

@@ -11,18 +11,19 @@ import w4a8jax
 from pallas_kernels import backend
 
 
-def run(home: Path, *arguments: str | Path, **variables: str) -> str:
-    """What a command prints, in a process of its own that keeps all programs, however quickly they compile."""
+def run(home: Path, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command, in a process of its own that keeps all programs, however quickly they compile."""
     kept = {name: value for name, value in os.environ.items() if "CACHE" not in name}
     environment = kept | {"HOME": str(home), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | variables
     command = [sys.executable, "-c", "from w4a8jax.cli import main; main()", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
 
 def quantize(home: Path, target: Path, **variables: str) -> bytes:
     """The weights that a command writes."""
     source = w4a8jax.reference_model("dense")
-    run(home, "quantize", source, target, "--search", "none", "--quiet", JAX_PLATFORMS="cpu", **variables)
+    options = ["--search", "none", "--quiet"]
+    assert not run(home, "quantize", source, target, *options, JAX_PLATFORMS="cpu", **variables).stderr
     return b"".join(file.read_bytes() for file in sorted(target.glob("*.safetensors")))
 
 
@@ -68,11 +69,11 @@ def test_kernels_are_kept_too(tmp_path: Path) -> None:
     w4a8jax.quantize(w4a8jax.reference_model("dense"), tmp_path / "model", search="none", progress=False)
     folder = tmp_path / ".cache/w4a8jax"
     arguments = ["generate", tmp_path / "model", "--prompt", "def main():", "--max-tokens", "32", "--temperature", "0"]
-    text = run(tmp_path, *arguments)
+    text = run(tmp_path, *arguments).stdout
     first = uses(folder)
     assert text
     assert first
-    assert run(tmp_path, *arguments) == text
+    assert run(tmp_path, *arguments).stdout == text
     second = uses(folder)
     assert set(second) == set(first)
     assert all(second[name] != first[name] for name in first)

@@ -40,7 +40,7 @@ from .errors import W4A8Error
 from .fragments import FLAGS, TILE_COLUMNS, TILE_ROWS, FragmentWeight
 from .main_loop import SUMS_BY_GROUP, Pipeline, Staging, row_scales, scratch_types, set_registers
 from .register_dequantize import F8, table_words
-from .schedule import Schedule
+from .schedule import Schedule, strip_tokens
 
 SHARED_MEMORY = 227 * 1024
 
@@ -145,6 +145,7 @@ def dense_gemm(
         config.stream_k,
         config.lead // at_once,
     )
+    strip = min(8, max(1, strip_tokens(k * x.dtype.itemsize) // config.tile_tokens))
     # Partial sums of several blocks are loaded at a time, where registers allow.
     unroll = max(1, min(4, 64 // (config.tile_tokens * config.row_blocks // 2)))
 
@@ -167,7 +168,7 @@ def dense_gemm(
         def coordinates(tile: Any) -> tuple[Any, Any]:
             """First row block of the tile, and its first token."""
             # The token is never a Python number: slices beyond M are meant, and would be refused.
-            n_tile, m_tile = plgpu.planar_snake(tile, (n_tiles, m_tiles), 1, 8) if m_tiles > 1 else (tile, 0 * tile)
+            n_tile, m_tile = plgpu.planar_snake(tile, (n_tiles, m_tiles), 1, strip) if m_tiles > 1 else (tile, 0 * tile)
             return (n_tile * config.cluster + rank) * blocks, m_tile * config.tile_tokens
 
         @pl.when(warpgroup < config.warpgroups)

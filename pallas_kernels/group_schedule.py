@@ -16,13 +16,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 ALIGNMENT = 8  # rows
+# Tiles that are looked up at a time, by a thread each, and places for what is found: a block's warpgroups are never
+# further apart than a deep pipeline.
+LOOKED_UP = 32
+PLACES = 2 * LOOKED_UP
+_THREADS = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,28 +59,29 @@ class GroupSchedule:
         """More than `groups`, and at least one entry a thread."""
         return max(128, 1 << self.groups.bit_length())
 
-    def tile(self, tile: Any, rows: Any, before: Any) -> tuple[Any, Any, Any, Any, Any]:
-        """Where a tile is: group, tile of its weight's rows, first token, and the rows, low to high, that are its own.
+    def tile(self, tile: Any, rows: Any, before: Any, take: Callable[[Any, Any], Any]) -> tuple[Any, ...]:
+        """Where tiles are: group, tile of its weight's rows, first token, and the rows, low to high, that are its own.
 
         Args:
-            tile: less than `tiles`.
+            tile: int32, less than `tiles`.
             rows: the table of rows before each group.
             before: the table of tiles of tokens before each group, and after it, with `halves_last`, that of halves.
+            take: a table's entries at indices of the shape of `tile`.
         """
         table, late = 0 * tile, False
         if self.halves_last:
-            others = before[self.table_size - 1] * self.n_tiles
+            others = take(before, 0 * tile + (self.table_size - 1)) * self.n_tiles
             late = tile >= others
             table, tile = jnp.where(late, self.table_size, 0), jnp.where(late, tile - others, tile)
         entry = lax.div(tile, self.n_tiles)
         at = table
         step = self.table_size // 2
         while step:  # the last group with no more before it
-            at = jnp.where(before[at + step] <= entry, at + step, at)
+            at = jnp.where(take(before, at + step) <= entry, at + step, at)
             step //= 2
         group = at - table
-        first, row, end = before[at], rows[group], rows[group + 1]
-        m_tiles = before[at + 1] - first
+        first, row, end = take(before, at), take(rows, group), take(rows, group + 1)
+        m_tiles = take(before, at + 1) - first
         local = tile - first * self.n_tiles
         strip = lax.div(local, self.strip * self.n_tiles) * self.strip
         local = local - strip * self.n_tiles
@@ -82,7 +89,7 @@ class GroupSchedule:
         n_tile = lax.div(local, width)
         m_tile = strip + local - n_tile * width
         if self.halves_last:
-            m_tile = m_tile + jnp.where(late, before[group + 1] - before[group], 0)
+            m_tile = m_tile + jnp.where(late, take(before, group + 1) - take(before, group), 0)
         token = (row & -ALIGNMENT) + m_tile * self.tile_tokens
         return group, n_tile, token, jnp.maximum(row, token), jnp.minimum(end, token + self.tile_tokens)
 
@@ -92,6 +99,56 @@ class GroupSchedule:
         if self.halves_last:
             count = count + total(before, 2 * self.table_size - 1)
         return count * self.n_tiles
+
+
+def look_up(first: Any, stride: Any, rows: Any, before: Any, places: Any, at: Any, schedule: GroupSchedule) -> None:
+    """Finds tiles `first`, `first + stride`, ... by a warpgroup: `LOOKED_UP` of them, of which those past the last repeat it.
+
+    Args:
+        first: int32.
+        stride: int32.
+        rows: as `scan` makes it.
+        before: as `scan` makes it.
+        places: int32 [4, PLACES], in shared memory: group, tile of its weight's rows, first token, and `own_rows`.
+        at: the first place; a multiple of LOOKED_UP.
+        schedule: what the tables are of.
+    """
+    number = jnp.minimum(plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=_THREADS), LOOKED_UP - 1)
+    tile = jnp.minimum(first + number * stride, jnp.maximum(schedule.tiles(before) - 1, 0))
+    group, n_tile, token, low, high = schedule.tile(tile, rows, before, take)
+    keep((group, n_tile, token, (low - token) * 2**16 + (high - token)), places, at)
+
+
+def take(table: Any, at: Any) -> Any:
+    """A table's entries, in shared memory, at a warpgroup's indices, one a thread."""
+    return_type = plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=_THREADS)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _THREADS), return_type=return_type)
+    def taken(_: Any, table: Any, at: Any) -> Any:
+        value = memref.load(table, [_index(_of_thread(at))])
+        registers = np.full(at.registers.shape, vector.broadcast(at.registers.item().type, value), object)
+        return mgpu.FragmentedArray(_registers=registers, _layout=at.layout, _is_signed=True)
+
+    return taken(table, plgpu.layout_cast(at, _THREADS))
+
+
+def keep(values: tuple[Any, ...], places: Any, at: Any) -> None:
+    """Stores what the first `LOOKED_UP` threads have in the places from `at` on."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, [_THREADS] * len(values)))
+    def kept(_: Any, places: Any, at: Any, values: Any) -> None:
+        thread = arith.remui(mgpu.utils.thread_idx(), _c(128))
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread, _c(LOOKED_UP))):
+            place = _index(arith.addi(at.registers.item(), thread))
+            for i, value in enumerate(values):
+                memref.store(_of_thread(value), places, [_index(_c(i)), place])
+        mgpu.utils.warpgroup_barrier()
+
+    kept(places, jnp.asarray(at, jnp.int32), list(values))
+
+
+def _of_thread(values: Any) -> Any:
+    return vector.extract(values.registers.item(), [], [0])
 
 
 def scan(sizes: Any, rows: Any, before: Any, sums: Any, schedule: GroupSchedule, m: int) -> None:

@@ -18,7 +18,7 @@ are stored by threads. So no row is written twice, nothing is padded in memory, 
 nothing. Of a large tile with few tokens, half is computed. Tiles are dealt out to blocks in turn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,17 +31,16 @@ from jaxtyping import Array, BFloat16, Float, Int32
 from .dense_gemm import TuningConfig
 from .errors import W4A8Error
 from .fragments import TILE_COLUMNS, TILE_ROWS, FragmentWeight
-from .group_schedule import ALIGNMENT, GroupSchedule, scan, total
-from .main_loop import Pipeline, Staging, row_scales, scratch_types, set_registers
+from .group_schedule import ALIGNMENT, LOOKED_UP, PLACES, GroupSchedule, look_up, scan, total
+from .main_loop import Pipeline, Staging, cluster_rank, row_scales, scratch_types, set_registers
 from .register_dequantize import F8
 from .row_stores import store_rows
+from .schedule import strip_tokens
 
 # Bytes of shared memory beside the dense kernel's, for the tables of up to 1023 groups.
 MOST_GROUPS = 1023
 # With fewer tiles a block, halves of tiles come last. Weights are then read once more for them.
 _WAVES = 16
-# Bytes of a strip's tokens, above which fewer are taken: 8 tiles of 256 tokens, 4 where K is large.
-_STRIP_BYTES = 2**24
 
 
 def check(config: TuningConfig, groups: int, n: int, k: int, form: str) -> None:
@@ -88,25 +87,23 @@ def grouped_gemm(
     # Blocks of a cluster compute neighbouring rows of the same tokens.
     grid = config.ctas // config.cluster
     n_tiles = n // config.tile_rows // config.cluster
-    large = config.tile_tokens >= 128 and config.tile_tokens % 16 == 0
-    sizes = [config.tile_tokens // 2, config.tile_tokens] if large else [config.tile_tokens]
+    # Of a large tile, no more is copied and computed than holds its tokens.
+    least = next((part for part in (64, config.tile_tokens // 2) if config.tile_tokens % part == 0 == part % 8), 0)
+    large = config.tile_tokens >= 128 and least > 0
+    sizes = list(range(least, config.tile_tokens + 1, least)) if large else [config.tile_tokens]
     few = m * n_tiles < _WAVES * grid * config.tile_tokens
-    strip_tokens = 2048 if 2048 * k * x.dtype.itemsize <= _STRIP_BYTES else 1024
-    schedule = GroupSchedule(groups, n_tiles, config.tile_tokens, large and few, strip_tokens)
+    strip = strip_tokens(k * x.dtype.itemsize)
+    schedule = GroupSchedule(groups, n_tiles, config.tile_tokens, large and few, strip)
     k_steps = k // TILE_COLUMNS
     zeros = next(c for c in (1024, 512, 256, 128) if n % c == 0)  # columns at a time
-    # The memory warpgroup looks up a tile while compute warpgroups store another, as many K steps behind as there are
-    # slots, and read what was found of that one.
-    described_tiles = config.stages + 2
-
-    def by_size(tokens: Any, do: Callable[[int], None]) -> None:
-        """Does it for half of a large tile, if that is all of the tile's tokens, or for the whole tile."""
-        *half, whole = sizes
-        if not half:
-            do(whole)
+    def by_size(tokens: Any, do: Callable[[int], None], sizes: Sequence[int] = sizes) -> None:
+        """Does it for the least of the sizes that holds so many tokens."""
+        if len(sizes) == 1:
+            do(sizes[0])
             return
-        pl.when(tokens <= half[0])(lambda: do(half[0]))
-        pl.when(tokens > half[0])(lambda: do(whole))
+        middle = len(sizes) // 2
+        pl.when(tokens <= sizes[middle - 1])(lambda: by_size(tokens, do, sizes[:middle]))
+        pl.when(tokens > sizes[middle - 1])(lambda: by_size(tokens, do, sizes[middle:]))
 
     def body(
         words_gmem: Any,
@@ -119,42 +116,48 @@ def grouped_gemm(
         rows_smem: Any,
         before_smem: Any,
         sums_smem: Any,
-        scanned: Any,
-        tiles_smem: Any,
-        described: Any,
+        places_smem: Any,
+        found: Any,
         **scratch: Any,
     ) -> None:
-        warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        rank = lax.axis_index("rank") if config.cluster > 1 else 0
+        # Indices are worked out where they are needed: held from the start of the kernel, they were spilled.
+        def cta() -> Any:
+            return lax.axis_index("cta")
+
+        def rank() -> Any:
+            return cluster_rank() if config.cluster > 1 else 0
+
         pipeline = Pipeline.of(config, w.form, scratch)
 
-        def my_tiles() -> Any:
-            return lax.div(schedule.tiles(before_smem) + (grid - 1) - cta, grid)
+        def unknown_zero() -> Any:
+            """0, but not for the compiler, which holds the address of a barrier with a known index, and spills it."""
+            return lax.axis_index("warpgroup") >> 8
 
-        def describe(index: Any) -> tuple[Any, ...]:
-            """Looks a tile up, for the compute warpgroups too."""
-            group, n_tile, *tokens = schedule.tile(cta + index * grid, rows_smem, before_smem)
-            block = (n_tile * config.cluster + rank) * blocks
-            found, entry = (group * (n // TILE_ROWS) + block, block, *tokens), lax.rem(index, described_tiles)
-            for i, value in enumerate(found):
-                tiles_smem[entry, i] = value
-            plgpu.barrier_arrive(described.at[entry])
-            return found
+        def my_tiles() -> Any:
+            return lax.div(schedule.tiles(before_smem) + (grid - 1) - cta(), grid)
 
         def my_tile(index: Any) -> tuple[Any, ...]:
             """Of all experts' row blocks the first, of its expert's, its first token, and its own rows: low to high."""
-            values = [tiles_smem[lax.rem(index, described_tiles), i] for i in range(5)]
-            return *values[:2], pl.multiple_of(values[2], ALIGNMENT), *values[3:]
+            group, n_tile, token, own = [places_smem[i, lax.rem(index, PLACES)] for i in range(4)]
+            block = (n_tile * config.cluster + rank()) * blocks
+            own_rows = token + (own >> 16), token + (own & 0xFFFF)
+            return group * (n // TILE_ROWS) + block, block, pl.multiple_of(token, ALIGNMENT), *own_rows
 
-        @pl.when(warpgroup < config.warpgroups)
+        def found_at(index: Any) -> Any:
+            """Which barrier says that a tile was looked up."""
+            return lax.rem(lax.div(index, LOOKED_UP), 2)
+
+        @pl.when(lax.axis_index("warpgroup") < config.warpgroups)
         def _() -> None:
             set_registers(config, compute=True)
+            warpgroup = lax.axis_index("warpgroup")
             staging = Staging.of(config, scratch, warpgroup)
             my_blocks = [warpgroup * config.row_blocks + b for b in range(config.row_blocks)]
-            plgpu.barrier_wait(scanned)
+            plgpu.barrier_wait(found.at[unknown_zero()])
 
             def compute(index: Any, done: Any) -> Any:
-                plgpu.barrier_wait(described.at[lax.rem(index, described_tiles)])
+                next_found = (index > 0) & (lax.rem(index, LOOKED_UP) == 0)
+                pl.when(next_found)(lambda: plgpu.barrier_wait(found.at[found_at(index)]))
                 expert_block, _, first_token, _, high = my_tile(index)
                 staging.fetch_token_scales(token_scale_gmem, first_token)
                 scales = row_scales(channel_scale_gmem, expert_block, my_blocks)
@@ -170,10 +173,11 @@ def grouped_gemm(
             def store(index: Any, scales: Any, results: Any) -> None:
                 # Read again, which is cheaper than to hold it in registers meanwhile.
                 _, first_block, first_token, low, high = my_tile(index)
-                whole = (low == first_token) & (high == first_token + results[0].shape[1])
 
                 def copy(block: Any, first: int, piece: int) -> None:
                     columns = pl.ds((first_block + block) * TILE_ROWS, TILE_ROWS)
+                    start = jnp.maximum(low - first_token - first, 0)
+                    end = jnp.minimum(high - first_token - first, piece)
 
                     def tokens(start: Any, count: int) -> None:
                         plgpu.copy_smem_to_gmem(
@@ -181,30 +185,33 @@ def grouped_gemm(
                             out_gmem.at[pl.ds(first_token + first + start, count), columns],
                         )
 
-                    pl.when(whole)(lambda: tokens(0, piece))
+                    def eight_of_several(eight: Any) -> None:
+                        staged = staging.out_smem.at[block, pl.ds(eight * ALIGNMENT, ALIGNMENT)].T
+                        values = plgpu.load(staged, layout=plgpu.Layout.WGMMA_TRANSPOSED)
+                        store_rows(values, out_gmem, first_token + first + eight * ALIGNMENT, columns.start, low, high)
 
-                    @pl.when(jnp.logical_not(whole))
+                    pl.when(end - start == piece)(lambda: tokens(0, piece))
+
+                    @pl.when((start < end) & (end - start < piece))
                     def own_rows() -> None:
-                        start = jnp.maximum(low - first_token - first, 0)
-                        end = jnp.minimum(high - first_token - first, piece)
+                        place, past = (start + 7) & -ALIGNMENT, end & -ALIGNMENT
+                        for count in (32, ALIGNMENT):
+                            if count < piece:
+                                steps = (past - place) // count
+                                pl.loop(0, steps)(lambda i, c=count, p=place: tokens(p + i * c, c))
+                                place += steps * count
 
-                        @pl.loop(start >> 3, (end + 7) >> 3)
-                        def eight(i: Any) -> None:
-                            token = first_token + first + i * ALIGNMENT
-                            inside = (low <= token) & (token + ALIGNMENT <= high)
-                            pl.when(inside)(lambda: tokens(i * ALIGNMENT, ALIGNMENT))
-
-                            @pl.when(jnp.logical_not(inside))
-                            def shared() -> None:
-                                staged = staging.out_smem.at[block, pl.ds(i * ALIGNMENT, ALIGNMENT)].T
-                                values = plgpu.load(staged, layout=plgpu.Layout.WGMMA_TRANSPOSED)
-                                store_rows(values, out_gmem, token, columns.start, low, high)
+                        @pl.loop(0, 2)
+                        def ends(last: Any) -> None:
+                            at, other = jnp.where(last == 1, end, start), jnp.where(last == 1, start, end)
+                            once = (last == 0) | (at >> 3 != other >> 3) | (other & 7 == 0)
+                            pl.when((at & 7 != 0) & once)(lambda: eight_of_several(at >> 3))
 
                 staging.store(my_blocks, scales, results, copy)
 
             lax.fori_loop(0, my_tiles(), compute, 0)
 
-            me = (cta * config.cluster + rank) * config.warpgroups + warpgroup
+            me = (cta() * config.cluster + rank()) * config.warpgroups + warpgroup
 
             @pl.loop(total(rows_smem, schedule.table_size - 1) + me, m, step=grid * config.cluster * config.warpgroups)
             def clear_row(row: Any) -> None:
@@ -216,14 +223,21 @@ def grouped_gemm(
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        @pl.when(warpgroup == config.warpgroups)
+        @pl.when(lax.axis_index("warpgroup") == config.warpgroups)
         def _() -> None:
             set_registers(config, compute=False)
             scan(sizes_gmem, rows_smem, before_smem, sums_smem, schedule, m)
-            plgpu.barrier_arrive(scanned)
+
+            def find(index: Any) -> None:
+                first, at = cta() + index * grid, lax.rem(index, PLACES)
+                look_up(first, grid, rows_smem, before_smem, places_smem, at, schedule)
+                plgpu.barrier_arrive(found.at[found_at(index)])
+
+            find(unknown_zero())
 
             def load(index: Any, done: Any) -> Any:
-                expert_block, _, first_token, _, high = describe(index)
+                pl.when((index > 0) & (lax.rem(index, LOOKED_UP) == 0))(lambda: find(index))
+                expert_block, _, first_token, _, high = my_tile(index)
                 rows = pl.ds(expert_block, blocks)
 
                 def some(count: int) -> None:
@@ -251,9 +265,8 @@ def grouped_gemm(
             "rows_smem": plgpu.SMEM((schedule.table_size,), jnp.int32),
             "before_smem": plgpu.SMEM((schedule.table_size * (1 + schedule.halves_last),), jnp.int32),
             "sums_smem": plgpu.SMEM((12,), jnp.int32),
-            "scanned": plgpu.Barrier(),
-            "tiles_smem": plgpu.SMEM((described_tiles, 8), jnp.int32),
-            "described": plgpu.Barrier(num_barriers=described_tiles),
+            "places_smem": plgpu.SMEM((4, PLACES), jnp.int32),
+            "found": plgpu.Barrier(num_barriers=2),
             **scratch_types(config, w.form, w.scales.dtype, x.dtype),
         },
         **cluster,

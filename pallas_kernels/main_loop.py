@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array
 
@@ -310,6 +311,18 @@ def computed_here(value: Any) -> Any:
         return mgpu.FragmentedArray.splat(register, (), is_signed=True)
 
     return copied(jnp.asarray(value, jnp.int32))
+
+
+def cluster_rank() -> Any:
+    """Which block of its cluster this is; `lax.axis_index` divides in floating point for it."""
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
+    def read(_: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        rank = llvm.inline_asm(i32, [], "mov.u32 $0, %cluster_ctarank;", "=r")
+        return mgpu.FragmentedArray.splat(rank, (), is_signed=True)
+
+    return read()
 
 
 def _scaled(result: Any, scale_n: Any, scale_m: Any) -> Any:

@@ -14,6 +14,15 @@ from typing import Any
 import jax.numpy as jnp
 
 
+# Of the tokens that tiles which follow each other share, so that they stay in the cache.
+_STRIP_BYTES = 2**24
+
+
+def strip_tokens(row_bytes: int) -> int:
+    """Tokens, of so many bytes each, whose tiles share rows of weights before the next rows: 2048, 1024 or 512."""
+    return next((tokens for tokens in (2048, 1024) if tokens * row_bytes <= _STRIP_BYTES), 512)
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """The work of a grid; its methods take and return ints, traced or not.

@@ -51,7 +51,7 @@ def run(monkeypatch: pytest.MonkeyPatch, function: Callable[..., jax.Array], *ar
             patch.setattr(main_loop, stand_in.__name__, stand_in)
         for stand_in in (store_partial, add_partials, signal, wait):
             patch.setattr(dense_gemm, stand_in.__name__, stand_in)
-        for stand_in in (scan, total, store_rows):
+        for stand_in in (scan, look_up, total, store_rows, cluster_rank):
             patch.setattr(grouped_gemm, stand_in.__name__, stand_in)
         patch.setattr(group_schedule, "total", total)
         parameters = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=COPIES)
@@ -164,8 +164,22 @@ def scan(sizes: Any, rows: Any, before: Any, sums: Any, schedule: GroupSchedule,
     before[...] = jnp.concatenate(tables).astype(jnp.int32)
 
 
+def cluster_rank() -> Any:
+    return jax.lax.axis_index("rank")
+
+
 def total(table: Any, at: int) -> Any:
     return table[at]
+
+
+def look_up(
+    first: Any, stride: Any, rows: Any, before: Any, places: Any, at: Any, schedule: GroupSchedule
+) -> None:
+    number = jnp.arange(group_schedule.LOOKED_UP, dtype=jnp.int32)
+    tile = jnp.minimum(first + number * stride, jnp.maximum(schedule.tiles(before) - 1, 0))
+    group, n_tile, token, low, high = schedule.tile(tile, rows[...], before[...], lambda table, index: table[index])
+    found = (group, n_tile, token, (low - token) * 2**16 + (high - token))
+    places[:, pl.ds(at, group_schedule.LOOKED_UP)] = jnp.stack(found).astype(jnp.int32)
 
 
 def store_rows(values: jax.Array, out: Any, token: Any, column: Any, low: Any, high: Any) -> None:

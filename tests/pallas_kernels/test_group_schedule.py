@@ -24,6 +24,10 @@ def tables(sizes: list[int], schedule: GroupSchedule) -> tuple[np.ndarray, np.nd
     return rows, np.concatenate([before, halves]) if schedule.halves_last else before
 
 
+def take(table: np.ndarray, at: np.ndarray) -> np.ndarray:
+    return table[at]
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.lists(st.integers(0, 40) | st.integers(800, 1200), min_size=1, max_size=9),
@@ -41,7 +45,7 @@ def test_each_row_once(sizes: list[int], tile_tokens: int, n_tiles: int, halves_
     whole = before[schedule.table_size - 1] * n_tiles
     tiles = whole + (before[-1] * n_tiles if halves_last else 0)
     for tile in range(tiles):
-        group, n_tile, token, low, high = (int(v) for v in schedule.tile(np.int32(tile), rows, before))
+        group, n_tile, token, low, high = (int(v) for v in schedule.tile(np.int32(tile), rows, before, take))
         assert token % 8 == 0
         assert token <= low < high <= token + tile_tokens
         assert np.all(owner[low:high] == group)
@@ -62,7 +66,7 @@ def test_tables_hold_a_total_past_the_last_group(groups: int) -> None:
     assert schedule.table_size % 128 == 0
     rows, before = tables([1] * groups, schedule)
     last = before[-1] - 1
-    assert schedule.tile(np.int32(last), rows, before)[0] == groups - 1
+    assert schedule.tile(np.int32(last), rows, before, take)[0] == groups - 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """README's table of the kernels' speed over others: geometric means over the records of `w4a8jax bench gemm` and `moe`.
 
-python experiments/kernel_summary.py experiments/results/gemm_h100.json experiments/results/moe_h100.json
+python experiments/kernel_summary.py experiments/results/{gemm,moe}_{h200,h100}.json
 """
 
 import json
@@ -20,30 +20,33 @@ RANGES = ((0, 64), (65, 1024), (1025, 1 << 60))
 PRODUCTS = (("products with experts", ("gate_up", "down")), ("whole MLPs with experts", ("mlp",)))
 
 
-def main(dense: str, experts: str) -> None:
-    print("| W4A8, tokens: | over | to 64 | 65 to 1,024 | more |\n|---|---|---|---|---|")
-    rows = _rows(dense)
-    for peer, title in DENSE.items():
-        print(_line("dense products", title, rows, ("K", "N", "M"), "w4a8 lut -7..7", peer))
-    for name, products in PRODUCTS:
-        rows = [row for row in _rows(experts) if row["product"] in products]
-        for peer, title in EXPERTS.items():
-            if any(row["kernel"] == peer for row in rows):
-                point = ("model", "product", "routing", "tokens")
-                print(_line(name, title, rows, point, "grouped lut -7", peer))
+def main(*paths: str) -> None:
+    print("| W4A8, tokens: | over | on an | to 64 | 65 to 1,024 | more |\n|---|---|---|---|---|---|")
+    for path in paths:
+        record = json.loads(Path(path).read_text())
+        rows = [row for row in record["rows"] if "us" in row]
+        device = next(part for part in record["device"].split() if part[:1] == "H")
+        if "model" not in rows[0]:
+            for peer, title in DENSE.items():
+                print(_line("dense products", title, device, rows, ("K", "N", "M"), "w4a8 lut -7..7", peer))
+            continue
+        for name, products in PRODUCTS:
+            some = [row for row in rows if row["product"] in products]
+            for peer, title in EXPERTS.items():
+                if any(row["kernel"] == peer for row in some):
+                    point = ("model", "product", "routing", "tokens")
+                    print(_line(name, title, device, some, point, "grouped lut -7", peer))
 
 
-def _rows(path: str) -> list[dict[str, Any]]:
-    return [row for row in json.loads(Path(path).read_text())["rows"] if "us" in row]
-
-
-def _line(name: str, title: str, rows: list[dict[str, Any]], point: tuple[str, ...], ours: str, peer: str) -> str:
+def _line(
+    name: str, title: str, device: str, rows: list[dict[str, Any]], point: tuple[str, ...], ours: str, peer: str
+) -> str:
     """The last of `point` is the number of tokens."""
     times = [{tuple(r[p] for p in point): r["us"] for r in rows if r["kernel"] == kernel} for kernel in (ours, peer)]
     speeds = {where: other / times[0][where] for where, other in times[1].items() if where in times[0]}
     parts = [[v for where, v in speeds.items() if low <= where[-1] <= high] for low, high in RANGES]
     means = [f"{statistics.geometric_mean(part):.2f}" if part else "" for part in parts]
-    return f"| {name} | {title} | {' | '.join(means)} |"
+    return f"| {name} | {title} | {device} | {' | '.join(means)} |"
 
 
 if __name__ == "__main__":

@@ -18,14 +18,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 ALIGNMENT = 8  # rows
-# Tiles that are looked up at a time, by a thread each, and places for what is found: a block's warpgroups are never
-# further apart than a deep pipeline.
+# Tiles that are looked up at a time, by a thread each, and places for what is found: a block's warpgroups are no
+# further apart than its slots, of which shared memory holds 22 at most.
 LOOKED_UP = 32
 PLACES = 2 * LOOKED_UP
 _THREADS = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
@@ -102,7 +103,7 @@ class GroupSchedule:
 
 
 def look_up(first: Any, stride: Any, rows: Any, before: Any, places: Any, at: Any, schedule: GroupSchedule) -> None:
-    """Finds tiles `first`, `first + stride`, ... by a warpgroup: `LOOKED_UP` of them, of which those past the last repeat it.
+    """Finds tiles `first`, `first + stride`, ..., `LOOKED_UP` of them, one a thread; those past the last repeat it.
 
     Args:
         first: int32.
@@ -113,10 +114,14 @@ def look_up(first: Any, stride: Any, rows: Any, before: Any, places: Any, at: An
         at: the first place; a multiple of LOOKED_UP.
         schedule: what the tables are of.
     """
-    number = jnp.minimum(plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=_THREADS), LOOKED_UP - 1)
-    tile = jnp.minimum(first + number * stride, jnp.maximum(schedule.tiles(before) - 1, 0))
-    group, n_tile, token, low, high = schedule.tile(tile, rows, before, take)
-    keep((group, n_tile, token, (low - token) * 2**16 + (high - token)), places, at)
+    tiles = schedule.tiles(before)
+
+    @pl.when(tiles > 0)
+    def _() -> None:
+        number = jnp.minimum(plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=_THREADS), LOOKED_UP - 1)
+        tile = jnp.minimum(first + number * stride, tiles - 1)
+        group, n_tile, token, low, high = schedule.tile(tile, rows, before, take)
+        keep((group, n_tile, token, (low - token) * 2**16 + (high - token)), places, at)
 
 
 def take(table: Any, at: Any) -> Any:

@@ -5,19 +5,22 @@
 It is the dense kernel with another schedule and other stores; its pipeline and main loop are those of `main_loop`:
 
     memory warpgroup                              compute warpgroups
-    scans the groups' sizes: tables of tiles      wait for the tables
+    scans the groups' sizes: tables of tiles
     for each tile of this block:                  for each tile of this block:
-      look up its group, rows and tokens            wait for what was found
+      looks up groups, rows and tokens of 32        wait for what was found
+        tiles, where it is the first of them
       for each K step: TMA -> slot, tables          for each K step: dequantize, wgmma
                                                     scale, transpose, store the group's own rows
                                                   zeros to rows of no group
 
-Tiles begin at multiples of 8 tokens, groups anywhere (`group_schedule`). A tile that is all its group's leaves as one
-copy by TMA; another one in eights of tokens, but for those that it shares with another group, of which its own rows
-are stored by threads. So no row is written twice, nothing is padded in memory, and a group without tokens costs
-nothing. Of a large tile with few tokens, half is computed. Tiles are dealt out to blocks in turn.
+Tiles begin at multiples of 8 tokens, groups anywhere (`group_schedule`). A tile that is all its group's leaves in large
+copies by TMA; another one in 32s and eights of tokens, but for eights that it shares with another group, of which its
+own rows are stored by threads. So no row is written twice, nothing is padded in memory, and a group without tokens
+costs nothing. Of a large tile, as many 64s of tokens are computed as hold its own. Tiles are dealt out to blocks in
+turn.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,6 +99,7 @@ def grouped_gemm(
     schedule = GroupSchedule(groups, n_tiles, config.tile_tokens, large and few, strip)
     k_steps = k // TILE_COLUMNS
     zeros = next(c for c in (1024, 512, 256, 128) if n % c == 0)  # columns at a time
+
     def by_size(tokens: Any, do: Callable[[int], None], sizes: Sequence[int] = sizes) -> None:
         """Does it for the least of the sizes that holds so many tokens."""
         if len(sizes) == 1:
@@ -190,16 +194,18 @@ def grouped_gemm(
                         values = plgpu.load(staged, layout=plgpu.Layout.WGMMA_TRANSPOSED)
                         store_rows(values, out_gmem, first_token + first + eight * ALIGNMENT, columns.start, low, high)
 
+                    def run(place: Any, count: int, i: Any) -> None:
+                        tokens(place + i * count, count)
+
                     pl.when(end - start == piece)(lambda: tokens(0, piece))
 
                     @pl.when((start < end) & (end - start < piece))
                     def own_rows() -> None:
                         place, past = (start + 7) & -ALIGNMENT, end & -ALIGNMENT
-                        for count in (32, ALIGNMENT):
-                            if count < piece:
-                                steps = (past - place) // count
-                                pl.loop(0, steps)(lambda i, c=count, p=place: tokens(p + i * c, c))
-                                place += steps * count
+                        for count in (32, ALIGNMENT) if piece > 32 else (ALIGNMENT,):
+                            steps = (past - place) // count
+                            pl.loop(0, steps)(functools.partial(run, place, count))
+                            place += steps * count
 
                         @pl.loop(0, 2)
                         def ends(last: Any) -> None:

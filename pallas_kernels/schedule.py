@@ -13,7 +13,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-
 # Of the tokens that tiles which follow each other share, so that they stay in the cache.
 _STRIP_BYTES = 2**24
 

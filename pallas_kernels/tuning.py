@@ -177,6 +177,10 @@ def heuristic_grouped(m: int, experts: int, n: int, k: int, form: str) -> Tuning
     # Tokens in bf16 take twice the shared memory.
     deep = {64: 4, 128: 3} if bf16 else {64: 6, 128: 4}
     stages = {8: 8, 16: 8, 32: 8, **deep} if wide else {8: 16, 16: 16, 32: 8, 64: 8, 128: 4}
+    # Where so few experts are met that their tiles, of 256 rows, are fewer than blocks, tiles of 128.
+    met = experts * (1 - (1 - 1 / experts) ** m)
+    if rows <= 1 and wide and k % 256 == 0 and most == 128 and not bf16 and met * (n // 256) < 0.7 * TuningConfig.ctas:
+        return TuningConfig(8, 1, 2, 16)
     return TuningConfig(tokens, 2, 2 if wide else 1, stages[tokens])
 
 

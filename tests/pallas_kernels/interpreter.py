@@ -172,9 +172,7 @@ def total(table: Any, at: int) -> Any:
     return table[at]
 
 
-def look_up(
-    first: Any, stride: Any, rows: Any, before: Any, places: Any, at: Any, schedule: GroupSchedule
-) -> None:
+def look_up(first: Any, stride: Any, rows: Any, before: Any, places: Any, at: Any, schedule: GroupSchedule) -> None:
     number = jnp.arange(group_schedule.LOOKED_UP, dtype=jnp.int32)
     tile = jnp.minimum(first + number * stride, jnp.maximum(schedule.tiles(before) - 1, 0))
     group, n_tile, token, low, high = schedule.tile(tile, rows[...], before[...], lambda table, index: table[index])

@@ -110,7 +110,8 @@ def look_up(first: Any, stride: Any, rows: Any, before: Any, places: Any, at: An
         stride: int32.
         rows: as `scan` makes it.
         before: as `scan` makes it.
-        places: int32 [4, PLACES], in shared memory: group, tile of its weight's rows, first token, and `own_rows`.
+        places: int32 [4, PLACES], in shared memory: group, tile of its weight's rows, first token, and how far its own
+            rows are from that, low in the upper and high in the lower 16 bits.
         at: the first place; a multiple of LOOKED_UP.
         schedule: what the tables are of.
     """

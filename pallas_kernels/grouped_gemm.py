@@ -201,7 +201,8 @@ def grouped_gemm(
 
                     @pl.when((start < end) & (end - start < piece))
                     def own_rows() -> None:
-                        place, past = (start + 7) & -ALIGNMENT, end & -ALIGNMENT
+                        place = (start + 7) & -ALIGNMENT
+                        past = jnp.maximum(end & -ALIGNMENT, place)
                         for count in (32, ALIGNMENT) if piece > 32 else (ALIGNMENT,):
                             steps = (past - place) // count
                             pl.loop(0, steps)(functools.partial(run, place, count))

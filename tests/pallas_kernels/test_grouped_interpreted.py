@@ -28,6 +28,8 @@ CASES = [  # sizes of groups, M, N, K, code_min, numerics, config
     ([5, 0, 19, 0, 9], 40, 256, 512, -7, "lut", TuningConfig(16, 2, 1, 3, cluster=2, ctas=4)),
     ([40, 0, 30], 72, 512, 512, -8, "lut", TuningConfig(32, 1, 2, 4, cluster=2, ctas=4)),
     ([150], 152, 128, 256, -7, "lut", TuningConfig(144, 1, 2, 3, ctas=1)),  # the output in two pieces
+    # Large tiles with groups inside an eight, across two, and with whole 32s.
+    ([3, 2, 1, 47, 0, 1, 9, 1, 60], 128, 128, 128, -7, "lut", TuningConfig(64, 2, 1, 3, ctas=2)),
     (
         [30, 100, 0, 70],
         208,

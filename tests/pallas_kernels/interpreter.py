@@ -51,9 +51,10 @@ def run(monkeypatch: pytest.MonkeyPatch, function: Callable[..., jax.Array], *ar
             patch.setattr(main_loop, stand_in.__name__, stand_in)
         for stand_in in (store_partial, add_partials, signal, wait):
             patch.setattr(dense_gemm, stand_in.__name__, stand_in)
-        for stand_in in (scan, look_up, total, store_rows, cluster_rank):
+        for stand_in in (scan, total, store_rows, cluster_rank):
             patch.setattr(grouped_gemm, stand_in.__name__, stand_in)
-        patch.setattr(group_schedule, "total", total)
+        for stand_in in (take, keep, total):
+            patch.setattr(group_schedule, stand_in.__name__, stand_in)
         parameters = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=COPIES)
         deadline = threading.Timer(LIMIT, _give_up)
         deadline.start()
@@ -172,12 +173,13 @@ def total(table: Any, at: int) -> Any:
     return table[at]
 
 
-def look_up(first: Any, stride: Any, rows: Any, before: Any, places: Any, at: Any, schedule: GroupSchedule) -> None:
-    number = jnp.arange(group_schedule.LOOKED_UP, dtype=jnp.int32)
-    tile = jnp.minimum(first + number * stride, jnp.maximum(schedule.tiles(before) - 1, 0))
-    group, n_tile, token, low, high = schedule.tile(tile, rows[...], before[...], lambda table, index: table[index])
-    found = (group, n_tile, token, (low - token) * 2**16 + (high - token))
-    places[:, pl.ds(at, group_schedule.LOOKED_UP)] = jnp.stack(found).astype(jnp.int32)
+def take(table: Any, at: jax.Array) -> jax.Array:
+    return table[...][at]
+
+
+def keep(values: tuple[jax.Array, ...], places: Any, at: Any) -> None:
+    count = group_schedule.LOOKED_UP
+    places[:, pl.ds(at, count)] = jnp.stack([value[:count] for value in values])
 
 
 def store_rows(values: jax.Array, out: Any, token: Any, column: Any, low: Any, high: Any) -> None:

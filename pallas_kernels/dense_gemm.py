@@ -59,6 +59,8 @@ class TuningConfig:
         ctas: blocks of the grid; one per multiprocessor.
         lead: where tiles are fewer than blocks and shared, K steps of 128 that a tile's owner does more than others;
             0 for even shares.
+        slot_steps: K steps of 128 that a slot of the pipeline holds, 1 or 2. With 2, the memory warpgroup has half as
+            many waits, copies and passes over tables; it bounds small tiles.
     """
 
     tile_tokens: int
@@ -69,6 +71,7 @@ class TuningConfig:
     cluster: int = 1
     ctas: int = 132
     lead: int = 0
+    slot_steps: int = 1
 
     @property
     def tile_rows(self) -> int:
@@ -78,7 +81,7 @@ class TuningConfig:
     @property
     def steps_at_once(self) -> int:
         """K steps, of 128 columns, that go together."""
-        return 2 if self.row_blocks == 1 else 1
+        return 2 if self.row_blocks == 1 else self.slot_steps
 
     @property
     def staged_tokens(self) -> int:
@@ -92,7 +95,7 @@ class TuningConfig:
         scale_bytes = {"bf16": 2, "subnormal": 4, "subnormal_8": 4}.get(form, 1) + 4 * table_words(form)
         slot = blocks * TILE_ROWS * (TILE_COLUMNS // 2 + scale_bytes) + self.tile_tokens * TILE_COLUMNS * x_bytes
         fixed = blocks * self.staged_tokens * TILE_ROWS * 2 + self.warpgroups * 1024
-        return self.stages * slot + fixed + 1024
+        return self.stages * self.slot_steps * slot + fixed + 1024
 
     def check(self, n: int, k: int, form: str, more: int = 0) -> None:
         """Raises W4A8Error if the config cannot take a weight [N, K] in a form, and `more` shared memory."""
@@ -101,8 +104,12 @@ class TuningConfig:
             raise W4A8Error(f"kernel: tile_tokens must be a multiple of 8 up to 256, found {self}")
         if self.row_blocks < 1 or blocks % 2:
             raise W4A8Error(f"kernel: row_blocks must be positive, and even for odd warpgroups, found {self}")
-        if self.row_blocks == 1 and (k % (2 * TILE_COLUMNS) or form in SUMS_BY_GROUP):
-            raise W4A8Error(f"kernel: row_blocks 1 is for K a multiple of 256, not {k}, and not for exact numerics")
+        if self.slot_steps not in (1, 2):
+            raise W4A8Error(f"kernel: slot_steps must be 1 or 2, found {self}")
+        if self.steps_at_once == 2 and (k % (2 * TILE_COLUMNS) or form in SUMS_BY_GROUP):
+            raise W4A8Error(
+                f"kernel: row_blocks 1 or slot_steps 2 are for K a multiple of 256, not {k}, and not for exact numerics"
+            )
         if n % (self.tile_rows * self.cluster):
             raise W4A8Error(f"kernel: N {n} is no multiple of {self.tile_rows * self.cluster} rows, those of {self}")
         if (needed := self.shared_memory(form) + more) > SHARED_MEMORY:
@@ -138,6 +145,7 @@ def dense_gemm(
     blocks = config.row_blocks * config.warpgroups
     n_tiles, m_tiles = n // config.tile_rows // config.cluster, pl.cdiv(m, config.tile_tokens)
     at_once = config.steps_at_once
+    slots = at_once // config.slot_steps
     schedule = Schedule(
         n_tiles * m_tiles,
         k // TILE_COLUMNS // at_once,
@@ -192,7 +200,7 @@ def dense_gemm(
                 scales = row_scales(channel_scale_gmem, first_block, my_blocks)
                 results = pipeline.products(my_blocks, low, high, done)
                 staging.await_token_scales()
-                done += (high - low) * at_once
+                done += (high - low) * slots
                 if not schedule.splits:
                     epilogue(first_block, first_token, scales, results)
                     return done
@@ -234,15 +242,14 @@ def dense_gemm(
 
             def segment(index: Any, done: Any) -> Any:
                 tile, *steps = schedule.segment(cta, index)
-                low, high = (step * at_once for step in steps)
+                low, high = (step * slots for step in steps)
                 first_block, first_token = coordinates(tile)
                 rows = pl.ds(first_block, blocks)
 
                 @pl.loop(low, high)
-                def _(ki: Array) -> None:
-                    columns = pl.ds(ki * TILE_COLUMNS, TILE_COLUMNS)
-                    x_tile = x_gmem.at[pl.ds(first_token, config.tile_tokens), columns]
-                    pipeline.fill(done + ki - low, words_gmem.at[rows, ki], scales_gmem.at[rows, ki], x_tile)
+                def _(i: Array) -> None:
+                    x_rows = x_gmem.at[pl.ds(first_token, config.tile_tokens)]
+                    pipeline.fill(done + i - low, i, words_gmem.at[rows], scales_gmem.at[rows], x_rows)
 
                 return done + high - low
 

@@ -98,6 +98,7 @@ def grouped_gemm(
     strip = strip_tokens(k * x.dtype.itemsize)
     schedule = GroupSchedule(groups, n_tiles, config.tile_tokens, large and few, strip)
     k_steps = k // TILE_COLUMNS
+    slots = k_steps // config.slot_steps
     zeros = next(c for c in (1024, 512, 256, 128) if n % c == 0)  # columns at a time
 
     def by_size(tokens: Any, do: Callable[[int], None], sizes: Sequence[int] = sizes) -> None:
@@ -172,7 +173,7 @@ def grouped_gemm(
                     store(index, scales, results)
 
                 by_size(high - first_token, tile)
-                return done + k_steps
+                return done + slots
 
             def store(index: Any, scales: Any, results: Any) -> None:
                 # Read again, which is cheaper than to hold it in registers meanwhile.
@@ -248,14 +249,13 @@ def grouped_gemm(
                 rows = pl.ds(expert_block, blocks)
 
                 def some(count: int) -> None:
-                    @pl.loop(0, k_steps)
-                    def step(ki: Array) -> None:
-                        columns = pl.ds(ki * TILE_COLUMNS, TILE_COLUMNS)
-                        x_tile = x_gmem.at[pl.ds(first_token, count), columns]
-                        pipeline.fill(done + ki, words_gmem.at[rows, ki], scales_gmem.at[rows, ki], x_tile)
+                    @pl.loop(0, slots)
+                    def step(i: Array) -> None:
+                        x_rows = x_gmem.at[pl.ds(first_token, count)]
+                        pipeline.fill(done + i, i, words_gmem.at[rows], scales_gmem.at[rows], x_rows)
 
                 by_size(high - first_token, some)
-                return done + k_steps
+                return done + slots
 
             pipeline.finish(lax.fori_loop(0, my_tiles(), load, 0))
 

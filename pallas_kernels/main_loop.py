@@ -1,7 +1,7 @@
 """What the dense and the grouped kernel share: the pipeline, the main loop, and the staging of a tile of the output.
 
-A memory warpgroup fills slots of shared memory, one K step of 128 each; compute warpgroups consume them. `dense_gemm`
-says what each does when, and why.
+A memory warpgroup fills slots of shared memory, one or two K steps of 128 each; compute warpgroups consume them.
+`dense_gemm` says what each does when, and why.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ def scratch_types(config: TuningConfig, form: Form, scales_dtype: Any, x_dtype: 
     stages, blocks = config.stages, config.row_blocks * config.warpgroups
     arrivals: dict[str, Any] = {"num_barriers": stages, "num_arrivals": config.warpgroups}
     tables: dict[str, Any] = {
-        "tables_smem": plgpu.SMEM((stages, blocks, TILE_ROWS, table_words(form)), jnp.uint32),
+        "tables_smem": plgpu.SMEM((stages, blocks, config.slot_steps, TILE_ROWS, table_words(form)), jnp.uint32),
         "scales_full": plgpu.Barrier(num_barriers=stages),
     }
     token_scales: dict[str, Any] = {
         "token_scale_smem": plgpu.SMEM((config.warpgroups, pl.cdiv(config.tile_tokens, 32) * 32), jnp.float32),
         "token_scale_full": plgpu.Barrier(num_barriers=config.warpgroups),
     }
-    x_tile = (stages, config.tile_tokens, TILE_COLUMNS)
+    x_tile = (stages, config.tile_tokens, config.slot_steps * TILE_COLUMNS)
     return {
-        "words_smem": plgpu.SMEM((stages, blocks, 4, 256), jnp.uint32),
-        "scales_smem": plgpu.SMEM((stages, blocks, TILE_ROWS), scales_dtype),
+        "words_smem": plgpu.SMEM((stages, blocks, config.slot_steps, 4, 256), jnp.uint32),
+        "scales_smem": plgpu.SMEM((stages, blocks, config.slot_steps, TILE_ROWS), scales_dtype),
         "x_smem": plgpu.SMEM(x_tile, x_dtype, transforms=_tiled(128 // jnp.dtype(x_dtype).itemsize)),
         **(token_scales if form != "bf16" else {}),
         "out_smem": plgpu.SMEM((blocks, config.staged_tokens, TILE_ROWS), jnp.bfloat16, transforms=_tiled(64)),
@@ -82,7 +82,7 @@ def row_scales(channel_scale_gmem: Any, first_block: Any, my_blocks: list[Any]) 
 class Pipeline:
     """Slots of shared memory between the memory warpgroup and the compute warpgroups.
 
-    `done`, of its methods, counts the K steps of 128 before a tile's; `i` those before a step.
+    `done`, of its methods, counts the slots filled before a tile's; `i` those before one.
     """
 
     config: TuningConfig
@@ -101,10 +101,10 @@ class Pipeline:
 
     @property
     def lag(self) -> int:
-        """Steps between a copy and the making of its tables: so many are in flight.
+        """Slots between a copy and the making of its tables: so many are in flight.
 
-        With stages - 1, what frees a slot would wait for that slot; with fewer, tables are ready some steps before they
-        are needed.
+        With stages - 1, what frees a slot would wait for that slot; with fewer, tables are ready some time before
+        they are needed.
         """
         stages = self.config.stages
         return min(stages - 2, stages - min(4, (stages + 1) // 2))
@@ -118,7 +118,7 @@ class Pipeline:
     # The compute warpgroups' side
 
     def products(self, my_blocks: list[Any], low: Any, high: Any, done: Any, tokens: int | None = None) -> list[Array]:
-        """A tile's sums over steps `low` to `high` (pairs of K steps for one row block), fp32, one for each block.
+        """A tile's sums over steps `low` to `high` (`steps_at_once` K steps each), fp32, one for each block.
 
         Of the tile's first tokens, where it has no more than so many.
         """
@@ -148,25 +148,36 @@ class Pipeline:
         return pl.run_scoped(accumulate, *accumulators)
 
     def _multiply(self, my_blocks: list[Any], accumulators: Any, slot: Any, before: Any) -> Any:
-        """One step, or two; the slot of the last."""
+        """The K steps that go together; the slot of the last."""
         for ahead in range(self.config.steps_at_once):
-            if ahead:
+            step = ahead % self.config.slot_steps
+            if ahead and step == 0:
                 before, slot = slot, self._following(slot)
-            plgpu.barrier_wait(self.full.at[slot])
+            if step == 0:
+                plgpu.barrier_wait(self.full.at[slot])
             for i, (block, accumulator) in enumerate(zip(my_blocks, accumulators, strict=True)):
-                words = plgpu.load(self.words_smem.at[slot, block], layout=WORDS)
-                tables_smem = self.tables_smem if table_words(self.form) else self.scales_smem
-                tables = load_tables(tables_smem.at[slot, block], self.form)
-                plgpu.wgmma(accumulator, dequantize_tile(words, tables, self.form), self._tokens(slot, accumulator))
+                words = plgpu.load(self.words_smem.at[slot, block, step], layout=WORDS)
+                tables = load_tables(self._tables(slot, block, step), self.form)
+                tokens = self._tokens(slot, accumulator, step)
+                plgpu.wgmma(accumulator, dequantize_tile(words, tables, self.form), tokens)
                 plgpu.wgmma_wait(1)
-                if i == 0 and before is not None:
+                if i == step == 0 and before is not None:
                     plgpu.barrier_arrive(self.consumed.at[before])
         return slot
 
-    def _tokens(self, slot: Any, accumulator: Any) -> Any:
-        """The tokens of a slot that an accumulator is for, transposed."""
-        count = accumulator.shape[1]
-        return (self.x_smem.at[slot] if count == self.config.tile_tokens else self.x_smem.at[slot, pl.ds(0, count)]).T
+    def _tables(self, slot: Any, block: Any, step: int) -> Any:
+        """A block's lookup tables of a step of a slot, or its scales if there are no tables."""
+        return (self.tables_smem if table_words(self.form) else self.scales_smem).at[slot, block, step]
+
+    def _tokens(self, slot: Any, accumulator: Any, step: int = 0) -> Any:
+        """The tokens of a step of a slot that an accumulator is for, transposed."""
+        config, count = self.config, accumulator.shape[1]
+        tokens = self.x_smem.at[slot]
+        if count != config.tile_tokens:
+            tokens = tokens.at[pl.ds(0, count)]
+        if config.slot_steps > 1:
+            tokens = tokens.at[:, pl.ds(step * TILE_COLUMNS, TILE_COLUMNS)]
+        return tokens.T
 
     def _multiply_exactly(self, my_blocks: list[Any], accumulators: list[Any], sums: Any, slot: Any) -> list[Array]:
         """Adds a step's products times the scales of its groups, which codes do not hold.
@@ -177,11 +188,11 @@ class Pipeline:
         plgpu.barrier_wait(self.full.at[slot])
 
         layout = plgpu.Layout.WGMMA.reduce(1)
-        scales = [plgpu.load(self.scales_smem.at[slot, block], layout=layout) for block in my_blocks]
+        scales = [plgpu.load(self.scales_smem.at[slot, block, 0], layout=layout) for block in my_blocks]
 
         def products(*parts: Any) -> list[Array]:
             for block, part in zip(my_blocks, parts, strict=True):
-                words = plgpu.load(self.words_smem.at[slot, block], layout=WORDS)
+                words = plgpu.load(self.words_smem.at[slot, block, 0], layout=WORDS)
                 plgpu.wgmma(part, dequantize_tile(words, [], self.form), self._tokens(slot, part))
             results = []
             for i, (total, part, scale) in enumerate(zip(sums, parts, scales, strict=True)):
@@ -194,13 +205,16 @@ class Pipeline:
 
     # The memory warpgroup's side
 
-    def fill(self, i: Any, words: Any, scales: Any, x: Any) -> None:
-        """Starts the copies of a step, from these slices of global memory; makes tables of an earlier one.
+    def fill(self, i: Any, part: Any, words: Any, scales: Any, x: Any) -> None:
+        """Starts the copies of a slot, the part of these rows so many slots along K; makes tables of an earlier one.
 
         x may have fewer tokens than a tile.
         """
         config = self.config
         slot = lax.rem(i, config.stages)
+        steps = pl.ds(part * config.slot_steps, config.slot_steps)
+        columns = pl.ds(part * config.slot_steps * TILE_COLUMNS, config.slot_steps * TILE_COLUMNS)
+        words, scales, x = words.at[:, steps], scales.at[:, steps], x.at[:, columns]
         uses_tables = table_words(self.form) > 0
         pl.when(i >= config.stages)(lambda: plgpu.barrier_wait(self.consumed.at[slot]))
         plgpu.copy_gmem_to_smem(words, self.words_smem.at[slot], self.full.at[slot])
@@ -214,24 +228,22 @@ class Pipeline:
         if uses_tables:
             pl.when(i >= self.lag)(lambda: self._make_tables(i - self.lag))
 
-    def finish(self, steps: Any) -> None:
-        """After the last of so many steps."""
+    def finish(self, slots: Any) -> None:
+        """After the last of so many slots."""
         stages = self.config.stages
         if table_words(self.form):
-            pl.loop(jnp.maximum(steps - self.lag, 0), steps)(self._make_tables)
+            pl.loop(jnp.maximum(slots - self.lag, 0), slots)(self._make_tables)
         if self.config.cluster > 1:
             # The other block of the cluster still signals this one's barriers.
-            pl.loop(jnp.maximum(steps - stages, 0), steps)(
+            pl.loop(jnp.maximum(slots - stages, 0), slots)(
                 lambda i: plgpu.barrier_wait(self.consumed.at[lax.rem(i, stages)])
             )
 
     def _make_tables(self, i: Any) -> None:
         slot = lax.rem(i, self.config.stages)
         plgpu.barrier_wait(self.scales_full.at[slot])
-        scales = plgpu.load(
-            self.scales_smem.at[slot], layout=scale_layout(self.config.row_blocks * self.config.warpgroups)
-        )
-        self.tables_smem[slot] = build_tables(scales, self.form)
+        layout = scale_layout(self.config.row_blocks * self.config.warpgroups, self.config.slot_steps)
+        self.tables_smem[slot] = build_tables(plgpu.load(self.scales_smem.at[slot], layout=layout), self.form)
         plgpu.barrier_arrive(self.full.at[slot])
 
 

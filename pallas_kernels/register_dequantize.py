@@ -130,19 +130,20 @@ def build_tables(scales: jax.Array, form: Form) -> jax.Array:
     """The lookup tables of a step: e4m3 bytes of products of the scale with the codes.
 
     Args:
-        scales: uint8 [B, 64] in layout `scale_layout(B)`, in the order of `FragmentWeight.scales`; B even.
+        scales: uint8 [B, S, 64], of S K steps, in layout `scale_layout(B, S)`, in the order of `FragmentWeight.scales`;
+            B even.
         form: of the words.
 
     Returns:
-        uint32 [B, 64, table_words(form)].
+        uint32 [B, S, 64, table_words(form)].
     """
-    shape = (scales.shape[0], 64, table_words(form))
-    result = plgpu.Layout.WG_STRIDED(shape, vec_size=shape[2])
+    shape = (*scales.shape, table_words(form))
+    result = plgpu.Layout.WG_STRIDED(shape, vec_size=shape[-1])
     pairs = np.array(_PRODUCT_CODES[form], np.float16).view(np.uint32)
     text = _PRODUCTS.format(*(f"0x{pair:08x}" for pair in pairs))
 
     @plgpu.inline_mgpu(
-        arg_types=(scale_layout(shape[0]),), return_type=plgpu.ShapeDtypeStruct(shape, jnp.uint32, layout=result)
+        arg_types=(scale_layout(*shape[:2]),), return_type=plgpu.ShapeDtypeStruct(shape, jnp.uint32, layout=result)
     )
     def body(_: Any, scales: Any) -> Any:
         i32 = ir.IntegerType.get_signless(32)
@@ -157,9 +158,9 @@ def build_tables(scales: jax.Array, form: Form) -> jax.Array:
     return body(scales)
 
 
-def scale_layout(blocks: int) -> Any:
-    """The layout in which threads read the scales of a step: one byte at a time."""
-    return plgpu.Layout.WG_STRIDED((blocks, 64), vec_size=1)
+def scale_layout(blocks: int, steps: int) -> Any:
+    """The layout in which threads read the scales of a slot: one byte at a time."""
+    return plgpu.Layout.WG_STRIDED((blocks, steps, 64), vec_size=1)
 
 
 def load_tables(tables: Any, form: Form) -> list[jax.Array]:

@@ -23,6 +23,7 @@ from . import tuning_tables
 from .dense_gemm import SHARED_MEMORY, TuningConfig
 from .errors import W4A8Error
 from .group_schedule import ALIGNMENT
+from .main_loop import SUMS_BY_GROUP
 
 ENVIRONMENT = "W4A8JAX_TUNED"
 
@@ -114,7 +115,7 @@ def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
         return small
     large = n * k > 4e7 if m <= 16 else n >= 12288 or m > 128
     if n % 256 == 0 and large:
-        config = TuningConfig(tokens, 2, 2, 8 if tokens <= 32 else 6 if tokens <= 64 else 4)
+        config = _wide(tokens, k, form)
     else:
         config = TuningConfig(tokens, 2, 1, 16 if tokens <= 16 else 12 if tokens <= 32 else 8 if tokens <= 64 else 6)
     return _share(config, m, n, k, 1.4e9)[1]
@@ -123,14 +124,21 @@ def heuristic(m: int, n: int, k: int, form: str) -> TuningConfig:
 def _heuristic_small(tokens: int, m: int, n: int, k: int, form: str) -> TuningConfig | None:
     """Tiles of 128 rows on two warpgroups, for up to 128 tokens and weights of few tiles; None elsewhere."""
     tiles, ctas = n // 128, TuningConfig.ctas
-    # Of 64 tokens, tiles that each have about one block: fewer are better shared by smaller blocks.
-    if k % 256 or tiles >= ctas or (tokens == 64 and tiles < 0.65 * ctas):
+    if k % 256 or tiles >= ctas or (tokens == 64 and tiles < 0.3 * ctas):
         return None
     # Tables of codes -8..7 leave room for fewer stages.
-    depths = {64: range(12, 7, -1), 128: range(7, 3, -1)}.get(tokens, (8,))
-    fitting = (TuningConfig(tokens, 1, 2, stages) for stages in depths)
+    depths = {64: range(6, 3, -1), 128: range(7, 3, -1)}.get(tokens, (4,))
+    slot_steps = 2 if tokens <= 64 else 1
+    fitting = (TuningConfig(tokens, 1, 2, stages, slot_steps=slot_steps) for stages in depths)
     config = _share(next(c for c in fitting if c.shared_memory(form) <= SHARED_MEMORY), m, n, k, 1.4e9)[1]
-    return dataclasses.replace(config, lead=_lead(tiles, ctas)) if config.stream_k and tokens <= 64 else config
+    return dataclasses.replace(config, lead=_lead(tiles, ctas)) if config.stream_k and tokens <= 32 else config
+
+
+def _wide(tokens: int, k: int, form: str) -> TuningConfig:
+    """Tiles of 256 rows of W4A8 for up to 128 tokens, of "lut" numerics in slots of two K steps."""
+    if tokens > 64 or k % 256 or form in SUMS_BY_GROUP:
+        return TuningConfig(tokens, 2, 2, 8 if tokens <= 32 else 6 if tokens <= 64 else 4)
+    return TuningConfig(tokens, 2, 2, 4 if tokens <= 32 else 3, slot_steps=2)
 
 
 def _lead(tiles: int, ctas: int) -> int:
@@ -174,13 +182,14 @@ def heuristic_grouped(m: int, experts: int, n: int, k: int, form: str) -> Tuning
     if rows >= 1024 and most == 128 and wide and k % 256 == 0 and k >= 4096 and not bf16:
         return TuningConfig(256, 1, 2, 4, cluster=2)
     tokens = min(most, next(t for most_rows, t in _GROUPED_TOKENS if rows < most_rows))
-    # Tokens in bf16 take twice the shared memory.
-    deep = {64: 4, 128: 3} if bf16 else {64: 6, 128: 4}
-    stages = {8: 8, 16: 8, 32: 8, **deep} if wide else {8: 16, 16: 16, 32: 8, 64: 8, 128: 4}
     # Where so few experts are met that their tiles, of 256 rows, are fewer than blocks, tiles of 128.
     met = experts * (1 - (1 - 1 / experts) ** m)
-    if rows <= 1 and wide and k % 256 == 0 and most == 128 and not bf16 and met * (n // 256) < 0.7 * TuningConfig.ctas:
-        return TuningConfig(8, 1, 2, 16)
+    if rows <= 1 and wide and k % 256 == 0 and most == 128 and not bf16 and met * (n // 256) < TuningConfig.ctas:
+        return TuningConfig(8, 1, 2, 4, slot_steps=2)
+    if wide and not bf16:
+        return _wide(tokens, k, form)
+    # Tokens in bf16 take twice the shared memory.
+    stages = {8: 8, 16: 8, 32: 7, 64: 4, 128: 3} if wide else {8: 16, 16: 16, 32: 8, 64: 8, 128: 4}
     return TuningConfig(tokens, 2, 2 if wide else 1, stages[tokens])
 
 
@@ -188,7 +197,8 @@ def candidates_grouped(m: int, experts: int, n: int, k: int, form: str) -> list[
     """Configurations of the grouped kernel worth measuring for M rows: all that fit, none twice, at most 18.
 
     Three sizes of tiles of tokens about what an expert gets of evenly spread rows; each with 128 and with 256 rows of
-    weights, with the deepest pipeline that fits, a power of two where it has few tokens.
+    weights, with the deepest pipeline that fits, a power of two where it has few tokens, whose slots hold two K steps
+    then if K allows.
     """
     most = {"subnormal": 64, "subnormal_8": 32}.get(form, 256)
     sizes = [t for t in (8, 16, 32, 64, 128, 192, 256) if t <= most]
@@ -196,8 +206,9 @@ def candidates_grouped(m: int, experts: int, n: int, k: int, form: str) -> list[
     found: dict[TuningConfig, None] = {}
     first = max(0, min(fitting - 1, len(sizes) - 3))
     for tokens in sizes[first : first + 3]:
-        for row_blocks, warpgroups in ((2, 1), (2, 2), (1, 2)):
-            base = TuningConfig(tokens, row_blocks, warpgroups)
+        two = 2 if tokens <= 64 and k % 256 == 0 and form not in SUMS_BY_GROUP else 1
+        for row_blocks, warpgroups, slot_steps in ((2, 1, 1), (2, 2, two), (1, 2, two)):
+            base = TuningConfig(tokens, row_blocks, warpgroups, slot_steps=slot_steps)
             depths = [
                 config
                 for stages in range(3, 17)
@@ -207,7 +218,7 @@ def candidates_grouped(m: int, experts: int, n: int, k: int, form: str) -> list[
             ]
             # Tiles of more tokens with two row blocks do not fit the registers.
             if depths and (row_blocks == 1 or tokens <= 128):
-                power = 1 << depths[-1].stages.bit_length() - 1
+                power = min(16 // slot_steps, 1 << depths[-1].stages.bit_length() - 1)
                 stages = power if tokens <= 64 and power > 3 else depths[-1].stages
                 config = dataclasses.replace(base, stages=stages)
                 found[config] = None
@@ -248,7 +259,8 @@ def candidates(m: int, n: int, k: int, form: str) -> list[TuningConfig]:
     """Configurations worth measuring for M tokens and a weight [N, K] in a form: all that fit, none twice.
 
     With few tokens, tiles that hold up to 64 of them, 1 to 3 compute warpgroups, two depths of the
-    pipeline, and leads of owners; with many, the largest tiles. Blocks share tiles, or not, where that may pay.
+    pipeline, slots of one and two K steps, and leads of owners; with many, the largest tiles. Blocks share tiles, or
+    not, where that may pay.
     """
     tiles: list[tuple[int, int, int]] = []
     if m <= 128:
@@ -261,8 +273,9 @@ def candidates(m: int, n: int, k: int, form: str) -> list[TuningConfig]:
         large = _PREFILL_TILES_BF16 if form == "bf16" else _PREFILL_TILES
         tiles += [t for t in large if t == (128, 2, 1) or -(-m // t[0]) * t[0] <= 1.25 * m]
     found: dict[TuningConfig, None] = {}
-    for tile in tiles:
-        base = TuningConfig(*tile)
+    bases = [TuningConfig(*tile) for tile in tiles]
+    bases += [dataclasses.replace(base, slot_steps=2) for base in bases if base.tile_tokens <= _DECODE_TOKENS[-1]]
+    for base in bases:
         for stages in _stages(base, n, k, form):
             filled = _filled(base, m, n)
             for stream_k in (*([False] if filled > 0.55 else []), *([True] if filled < 0.97 else [])):
@@ -277,7 +290,7 @@ def candidates(m: int, n: int, k: int, form: str) -> list[TuningConfig]:
 
 def _clusters(config: TuningConfig) -> tuple[int, ...]:
     """What blocks of a cluster share is the tokens, which small tiles read as often as they read weights."""
-    return (1, 2) if config.tile_tokens == 256 or (config.tile_rows == 128 and config.tile_tokens >= 16) else (1,)
+    return (1, 2) if config.tile_tokens == 256 or (config.tile_rows == 128 and config.tile_tokens >= 64) else (1,)
 
 
 def _leads(config: TuningConfig, m: int, n: int) -> tuple[int, ...]:
@@ -297,7 +310,7 @@ def _filled(config: TuningConfig, m: int, n: int) -> float:
 
 def _stages(config: TuningConfig, n: int, k: int, form: str) -> list[int]:
     """The deepest pipeline that fits, for few tokens the deepest powers of two, which cost fewer instructions."""
-    depths = range(3, max(3, min(16, k // 128)) + 1)
+    depths = range(3, max(3, min(16, k // 128) // config.slot_steps) + 1)
     fitting = [s for s in depths if not tuning_tables.misfit(dataclasses.replace(config, stages=s), n, k, form)]
     if not fitting:
         return []
@@ -305,4 +318,4 @@ def _stages(config: TuningConfig, n: int, k: int, form: str) -> list[int]:
     if config.tile_tokens > 64 or deepest <= 4:
         return [deepest]
     power = 1 << deepest.bit_length() - 1
-    return [deepest] if config.tile_tokens == 64 else sorted({power, min(power, 8)})
+    return [deepest] if config.tile_tokens == 64 else sorted({power, min(power, 8 // config.slot_steps)})

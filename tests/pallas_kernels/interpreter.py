@@ -121,7 +121,7 @@ def build_tables(scales: jax.Array, form: str) -> jax.Array:
     products = (scale[..., None] * codes).astype(jnp.float16).astype(jnp.float8_e4m3fn)
     products = jax.lax.bitcast_convert_type(products, jnp.uint8).astype(jnp.uint32).reshape(*scales.shape, 2, 4)
     words = jnp.sum(products << 8 * jnp.arange(4, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
-    return jnp.pad(words, ((0, 0), (0, 0), (0, table_words(form) - 2)))
+    return jnp.pad(words, ((0, 0),) * 3 + ((0, table_words(form) - 2),))
 
 
 def load_tables(tables: Any, form: str) -> list[jax.Array]:

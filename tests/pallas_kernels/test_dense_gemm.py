@@ -20,7 +20,8 @@ def on_hopper() -> bool:
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not on_hopper(), reason="no Hopper GPU")]
-CASES = [  # tokens and TuningConfig: tile_tokens, row_blocks, warpgroups, stages, stream_k, cluster
+# Tokens and TuningConfig: tile_tokens, row_blocks, warpgroups, stages, stream_k, cluster, ctas, lead, slot_steps.
+CASES = [
     (1, (8, 2, 1, 8, True)),
     (8, (8, 2, 3, 4)),
     (24, (16, 2, 2, 8, True)),
@@ -34,6 +35,9 @@ CASES = [  # tokens and TuningConfig: tile_tokens, row_blocks, warpgroups, stage
     (1000, (192, 1, 2, 5, True)),
     (1504, (256, 1, 2, 4, True, 2)),
     (1504, (16, 2, 1, 16, True)),
+    (5, (8, 1, 2, 4, True, 1, 132, 2, 2)),
+    (40, (16, 1, 2, 4, True, 2, 132, 0, 2)),
+    (200, (64, 2, 2, 3, False, 1, 132, 0, 2)),
 ]
 
 
@@ -116,6 +120,7 @@ class TestOnGpu:
         (TuningConfig(16, 3, 1), "even for odd warpgroups"),
         (TuningConfig(16, 2, 2, 4, cluster=2), "no multiple of 512 rows"),
         (TuningConfig(16, 2, 1, 2), "at least 3 stages"),
+        (TuningConfig(16, slot_steps=3), "slot_steps must be 1 or 2"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(config: TuningConfig, message: str) -> None:

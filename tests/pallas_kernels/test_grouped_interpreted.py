@@ -24,6 +24,7 @@ CASES = [  # sizes of groups, M, N, K, code_min, numerics, config
     ([1, 0, 1, 0, 0, 1, 0, 1, 0, 0], 8, 128, 128, -7, "lut", FEW),  # more experts than tokens; one K step
     ([0, 0], 8, 128, 256, -7, "lut", FEW),  # no tokens
     ([3, 13, 12], 32, 256, 256, -7, "lut", TuningConfig(8, 1, 2, 3, ctas=2)),  # K steps in pairs
+    ([3, 13, 12], 32, 256, 768, -7, "lut", TuningConfig(8, 1, 2, 3, ctas=2, slot_steps=2)),
     ([7, 0, 20], 32, 128, 256, -8, "exact", FEW),
     ([5, 0, 19, 0, 9], 40, 256, 512, -7, "lut", TuningConfig(16, 2, 1, 3, cluster=2, ctas=4)),
     ([40, 0, 30], 72, 512, 512, -8, "lut", TuningConfig(32, 1, 2, 4, cluster=2, ctas=4)),

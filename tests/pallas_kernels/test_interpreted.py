@@ -35,6 +35,9 @@ CASES = [  # M, N, K, code_min, config
         TuningConfig(136, 1, 2, 3, ctas=2),
     ),  # the output in one piece, since its half is no multiple of 8
     (144, 256, 512, -8, TuningConfig(144, 1, 2, 3, ctas=2)),  # the output in two pieces
+    (40, 256, 1792, -7, TuningConfig(16, 1, 2, 3, ctas=2, slot_steps=2)),  # two K steps a slot, odd numbers of slots
+    (40, 512, 1024, -8, TuningConfig(16, 1, 2, 4, stream_k=True, cluster=2, ctas=6, slot_steps=2)),
+    (8, 512, 1024, -7, TuningConfig(8, 2, 1, 3, stream_k=True, ctas=7, lead=4, slot_steps=2)),
 ]
 
 
@@ -72,6 +75,7 @@ def test_exact_products(code_min: int, monkeypatch: pytest.MonkeyPatch) -> None:
         (1, 384, 512, TuningConfig(8, 2, 3, 3, ctas=1)),
         (40, 512, 512, TuningConfig(16, 2, 2, 4, stream_k=True, ctas=5)),
         (40, 512, 640, TuningConfig(16, 2, 1, 3, stream_k=True, cluster=2, ctas=6)),
+        (24, 256, 768, TuningConfig(16, 2, 1, 3, ctas=2, slot_steps=2)),
     ],
 )
 def test_w4a16_products(m: int, n: int, k: int, config: TuningConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 from . import timing
 
 # Launches above so many operations, some hundred microseconds, heat the card until its clock falls: kernels are then
-# timed in turns, so that each has the others' heat.
+# timed in turns, every other turn backwards, so that each has the others' heat, and not always the same one's.
 HOT = 4e11
-TURNS = 3
+TURNS = 6
 # A launch above so many operations takes milliseconds: fewer launches are steady enough.
 LONG = 5e12
 
@@ -65,7 +65,7 @@ def fill(
         rows: one for each kernel.
         attempts: for each, what compiles it, beside other processes, and what checks the compiled function, alone.
         time: adds a timing to what was checked.
-        turns: how often each is timed, all of them in turn.
+        turns: how often each is timed, all of them in turn, and backwards in every other turn.
     """
     checked: list[Checked | None] = []
     for row, (compiled, check) in zip(rows, attempts, strict=True):
@@ -78,7 +78,7 @@ def fill(
             checked.append(None)
     with timing.exclusive():
         for turn in range(turns):
-            for row, found in zip(rows, checked, strict=True):
+            for row, found in list(zip(rows, checked, strict=True))[:: -1 if turn % 2 else 1]:
                 if found is None or "failed" in row:
                     continue
                 try:

@@ -184,7 +184,7 @@ class TestRun:
             elif row["kernel"] == "broken":
                 assert row["failed"] == "RuntimeError: no such kernel"
             else:
-                assert (row["us"], row["launches"], row["same_twice"]) == (10.0, 24, True)
+                assert (row["us"], row["launches"], row["same_twice"]) == (10.0, 72, True)
                 assert row["error"] < 5e-3
         assert all(text.startswith(parts.RESULT) for text in lines)
         json.dumps(record.rows)

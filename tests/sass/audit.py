@@ -10,6 +10,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,20 +27,43 @@ def ready() -> bool:
     return (ENVIRONMENT / ".ready").exists()
 
 
+class Compiler:
+    """A process of `compile_kernel.py`, which lives as long as this one."""
+
+    def __init__(self) -> None:
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        command = [ENVIRONMENT / "bin" / "python", Path(__file__).with_name("compile_kernel.py")]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def __call__(self, target: str, arguments: dict[str, Any]) -> tuple[int | None, str]:
+        """The exit status of the compilation, None if the process itself ended, and what it wrote."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with tempfile.NamedTemporaryFile("r", errors="replace") as output:
+            request = {"target": target, "arguments": arguments, "output": output.name}
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            status = self.process.stdout.readline()
+            return int(status) if status else None, output.read()
+
+
+_of_thread = threading.local()
+
+
 def audit(target: str, arguments: dict[str, Any]) -> Findings:
-    """Compiles `MODULE:FUNCTION(**arguments)` in a process of its own.
+    """Compiles `MODULE:FUNCTION(**arguments)` in a process of its own, of this thread's compiler.
 
     Raises:
         RuntimeError: it does not compile, or not by the compiler that was meant.
     """
-    command = [ENVIRONMENT / "bin" / "python", Path(__file__).with_name("compile_kernel.py"), target]
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    done = subprocess.run(
-        [*command, json.dumps(arguments)], capture_output=True, text=True, timeout=300, env=environment
-    )
-    if done.returncode:
-        raise RuntimeError(f"{target} {arguments} does not compile:\n{done.stderr[-4000:]}\n{done.stdout[-1000:]}")
-    return find(done.stdout)
+    compiler: Compiler | None = getattr(_of_thread, "compiler", None)
+    if compiler is None or compiler.process.poll() is not None:
+        compiler = _of_thread.compiler = Compiler()
+    status, text = compiler(target, arguments)
+    if status != 0:
+        raise RuntimeError(f"{target} {arguments} does not compile ({status}):\n{text[-5000:]}")
+    return find(text)
 
 
 def audit_case(case: Any) -> Findings:

@@ -1,17 +1,23 @@
-"""Compiles a Pallas Mosaic-GPU kernel for a Hopper GPU on a machine without one: PTX, ptxas log and SASS on stdout.
+"""Compiles Pallas Mosaic-GPU kernels for a Hopper GPU on a machine without one.
 
-    .venv-sass/bin/python tests/sass/compile_kernel.py MODULE:FUNCTION '{"ARGUMENT": VALUE, ...}'
+    .venv-sass/bin/python tests/sass/compile_kernel.py
 
-FUNCTION(**arguments) returns a function and its abstract arguments. One kernel a process: Mosaic compiles, and dumps, a
-kernel that it has seen before only once.
+reads requests, a JSON object in each line: {"target": "MODULE:FUNCTION", "arguments": {"ARGUMENT": VALUE, ...},
+"output": FILE}. FUNCTION(**arguments) returns a function and its abstract arguments. The file gets PTX, ptxas's log and
+SASS, or why the kernel does not compile; then an exit status is printed in a line. Each kernel is compiled in a fork of
+what has imported JAX once: Mosaic compiles, and dumps, a kernel that it has seen before only once.
 """
 
 import importlib
 import json
 import os
+import signal
 import sys
 import sysconfig
+import traceback
+import warnings
 from pathlib import Path
+from typing import Any
 
 CUDA = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13"
 ENVIRONMENT = {
@@ -41,20 +47,45 @@ dnn_version_info { major: 9 minor: 10 patch: 0 }
 """
 
 
+SECONDS = 300  # more for one kernel is a failure
+
+
 def main() -> None:
     os.environ.update(ENVIRONMENT)
     here = Path(__file__).parent
     sys.path[:0] = [str(here), str(here.parents[1])]
+    importlib.import_module("jax.experimental.topologies")
+    # JAX warns of forks, since its backends have threads; this process starts none.
+    warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
+    for line in sys.stdin:
+        request = json.loads(line)
+        importlib.import_module(request["target"].partition(":")[0])
+        child = os.fork()
+        if child == 0:
+            signal.alarm(SECONDS)
+            output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            try:
+                compile_kernel(request["target"], request["arguments"])
+            except Exception:
+                traceback.print_exc()
+                sys.exit(1)
+            return
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def compile_kernel(target: str, arguments: dict[str, Any]) -> None:
     import jax
     from jax.experimental import topologies
 
-    module, function = sys.argv[1].split(":")
-    compiled, arguments = getattr(importlib.import_module(module), function)(**json.loads(sys.argv[2]))
+    module, function = target.split(":")
+    compiled, abstract = getattr(importlib.import_module(module), function)(**arguments)
     topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
     mesh = topologies.make_mesh(topology, (1,), ("device",))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), arguments)
-    jax.jit(compiled).lower(*arguments).compile()
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), abstract)
+    jax.jit(compiled).lower(*abstract).compile()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ operand, in shared memory. So a tile of the output is computed transposed, rows 
       scales of an earlier step, which have     release the slot of the step before
         arrived -> lookup tables -> slot      scale, transpose through shared memory, TMA to the output
 
+Slots of the pipeline hold one K step, or two (`slot_steps`), which small tiles fill and empty in half as many waits.
+
 One wgmma is always in flight while the next block is dequantized: each waits for all but itself (`wgmma_wait(1)`). The
 first step is peeled, so that the release in the loop needs no condition, which ptxas would serialize for. A warpgroup
 with one row block alternates between two K steps instead of two blocks, so that it never writes registers which a wgmma

@@ -17,8 +17,10 @@ llm-compressor computes in the checkpoint's bf16, for which not every processor 
 takes several times as long as in fp32. The variants "fp32" load the model so: where /proc/cpuinfo has no avx512_bf16,
 compare with those.
 
-With `--synthetic` the model is a larger cohere2 of random weights (hidden 1024, 4 layers, MLP 4096), and only time is
-measured. Writes experiments/results/llm_compressor.json, or llm_compressor_synthetic.json.
+With `--synthetic HIDDEN` the model is a larger cohere2 of `--layers` layers with random weights (hidden 1024 and MLP
+4096, or 4096 and 14336, Command R7B's), and only time is measured. With `--gpu` both tools run on this machine's GPU,
+and `--cores` counts for nothing; llm-compressor runs in `--their-python`. Writes
+experiments/results/llm_compressor.json, or llm_compressor_synthetic.json, or `--out`.
 """
 
 import argparse
@@ -41,7 +43,7 @@ import w4a8jax
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import calibration  # noqa: E402
-from synthetic import synthetic_model  # noqa: E402
+from synthetic import SIZES, synthetic_model  # noqa: E402
 
 RESULTS = HERE.parent / "results"
 PYTHON = {"theirs": HERE.parents[1] / ".venv-llmcompressor/bin/python", "ours": Path(sys.executable)}
@@ -62,18 +64,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def child(side: str, job: dict[str, Any], cores: int, folder: Path) -> dict[str, Any]:
+def child(side: str, job: dict[str, Any], gpu: bool, folder: Path) -> dict[str, Any]:
     """Runs one quantization; what it printed, and the whole process's wall and CPU time.
 
     Ours quantizes twice in its process, the second time with all compiled, which does not count for the whole.
     """
     path = folder / "job.json"
     path.write_text(json.dumps(job))
-    allowed = sorted(os.sched_getaffinity(0))[:cores]
-    environment = os.environ | {"OMP_NUM_THREADS": str(cores), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [PYTHON[side], HERE / f"{side}.py", path]
+    if not gpu:
+        environment |= {"OMP_NUM_THREADS": str(job["threads"]), "JAX_PLATFORMS": "cpu"}
+        allowed = sorted(os.sched_getaffinity(0))[: job["threads"]]
+        command = ["taskset", "-c", ",".join(map(str, allowed)), *command]
     load, began = os.getloadavg()[0], time.perf_counter()
     with (folder / "log").open("w") as log:
-        command = ["taskset", "-c", ",".join(map(str, allowed)), PYTHON[side], HERE / f"{side}.py", path]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -94,49 +99,57 @@ def evaluate(target: Path, source: Path, original: Any, texts: dict[str, str], t
     return calibration.on_texts(w4a8jax.load(target, kernels=False), original, texts, tokens)
 
 
-def machine(cores: int) -> dict[str, Any]:
+def machine(cores: int, gpu: bool) -> dict[str, Any]:
     """What the times depend on."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
-    return {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(), "cores_used": cores}
+    found = {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count()}
+    if not gpu:
+        return found | {"cores_used": cores}
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    return found | {"gpu": subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}
 
 
-def main(runs: int, cores: int, tokens: int, synthetic: bool, windows: int, only: list[str], resume: bool) -> None:
+def main(options: argparse.Namespace) -> None:
+    synthetic, runs, cores, gpu = options.synthetic, options.runs, options.cores, options.gpu
+    PYTHON["theirs"] = options.their_python
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = synthetic_model(folder / "synthetic") if synthetic else w4a8jax.reference_model("dense")
-        result = RESULTS / ("llm_compressor_synthetic.json" if synthetic else "llm_compressor.json")
+        source = w4a8jax.reference_model("dense")
+        if synthetic:
+            source = synthetic_model(folder / "synthetic", synthetic, options.layers)
+        result = options.out or RESULTS / ("llm_compressor_synthetic.json" if synthetic else "llm_compressor.json")
         texts = {} if synthetic else calibration.texts()
         original = None if synthetic else w4a8jax.load(source)
         record: dict[str, Any] = {
             "command": " ".join(["python experiments/llm_compressor/compare.py", *sys.argv[1:]]),
-            "machine": machine(cores),
+            "machine": machine(cores, gpu),
             "versions": {"python": platform.python_version()},
-            "model": "synthetic" if synthetic else "dense reference model",
+            "model": f"hidden {synthetic}, {options.layers} layers" if synthetic else "dense reference model",
             "runs": [],
         }
-        if resume:
+        if options.resume:
             kept = json.loads(result.read_text())
             record |= {part: kept[part] for part in ("versions", "runs")}
         for seed in range(runs):
             data = calibration.windows(w4a8jax.reference_model("dense"), seed)
             (folder / "tokens.json").write_text(
-                json.dumps([sample.tokens.tolist() for sample in data.samples][:windows])
+                json.dumps([sample.tokens.tolist() for sample in data.samples][: options.windows])
             )
-            for variant, (side, options) in VARIANTS.items():
+            for variant, (side, recipe) in VARIANTS.items():
                 known = any((row["name"], row["seed"]) == (variant, seed) for row in record["runs"])
-                if known or (only and variant not in only):
+                if known or (options.only and variant not in options.only):
                     continue
                 target = folder / "quantized"
                 job = {
                     "source": str(source), "target": str(target), "tokens": str(folder / "tokens.json"),
-                    "threads": cores, "options": options,
+                    "threads": os.cpu_count() if gpu else cores, "options": recipe,
                 }  # fmt: skip
-                row = {"name": variant, "seed": seed, **child(side, job, cores, folder)}
+                row = {"name": variant, "seed": seed, **child(side, job, gpu, folder)}
                 record["versions"] |= row.pop("versions")
                 if original is not None:
-                    row["quality"] = evaluate(target, source, original, texts, tokens)
+                    row["quality"] = evaluate(target, source, original, texts, options.tokens)
                 record["runs"].append(row)
                 for made in folder.glob("quantized*"):
                     shutil.rmtree(made)
@@ -151,9 +164,13 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=20000, help="of each text that is evaluated")
-    parser.add_argument("--synthetic", action="store_true")
+    parser.add_argument("--synthetic", type=int, choices=SIZES, metavar="HIDDEN")
+    parser.add_argument("--layers", type=int, default=4, help="of the synthetic model")
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--their-python", type=Path, default=PYTHON["theirs"], help="that has llm-compressor")
+    parser.add_argument("--out", type=Path, help="the record")
     parser.add_argument("--windows", type=int, default=calibration.WINDOWS, help="of calibration data")
     parser.add_argument("--resume", action="store_true", help="add to the record what it does not have")
     parser.add_argument("--only", action="append", default=[], help="a variant's name; all by default")
     jax.config.update("jax_platforms", "cpu")
-    main(**vars(parser.parse_args()))
+    main(parser.parse_args())

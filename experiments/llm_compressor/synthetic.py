@@ -10,17 +10,24 @@ from safetensors.numpy import save_file
 
 import w4a8jax
 
-SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4}
+# By their hidden size. The second are those of Command R7B, of 218 million parameters a layer.
+SIZES = {
+    1024: {"intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64},
+    4096: {"intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+}
 
 
-def synthetic_model(folder: Path) -> Path:
-    """Makes a checkpoint of the dense reference model's kind, vocabulary and number of layers, but of larger layers.
+def synthetic_model(folder: Path, hidden: int, layers: int) -> Path:
+    """Makes a checkpoint of the dense reference model's kind and vocabulary, but of so many larger layers.
 
-    Weights are normal, so large that the residual stream keeps its size; 60 million parameters.
+    Weights are normal, so large that the residual stream keeps its size.
     """
     source = w4a8jax.reference_model("dense")
-    config = json.loads((source / "config.json").read_text()) | SIZES
-    hidden, mlp, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    config = json.loads((source / "config.json").read_text())
+    config |= {"hidden_size": hidden, "num_hidden_layers": layers} | SIZES[hidden]
+    if "layer_types" in config:
+        config["layer_types"] = [config["layer_types"][i % len(config["layer_types"])] for i in range(layers)]
+    mlp, head = config["intermediate_size"], config["head_dim"]
     heads, kv_heads = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     shapes = {
         "self_attn.q_proj": (heads, hidden), "self_attn.k_proj": (kv_heads, hidden),
@@ -29,20 +36,21 @@ def synthetic_model(folder: Path) -> Path:
     }  # fmt: skip
     draw = np.random.default_rng(0)
     tensors = {
-        "model.embed_tokens.weight": draw.normal(size=(config["vocab_size"], hidden)),
-        "model.norm.weight": np.ones(hidden),
+        "model.embed_tokens.weight": normal(draw, (config["vocab_size"], hidden)),
+        "model.norm.weight": np.ones(hidden, ml_dtypes.bfloat16),
     }
-    for layer in range(config["num_hidden_layers"]):
-        tensors[f"model.layers.{layer}.input_layernorm.weight"] = np.ones(hidden)
+    for layer in range(layers):
+        tensors[f"model.layers.{layer}.input_layernorm.weight"] = np.ones(hidden, ml_dtypes.bfloat16)
         for name, shape in shapes.items():
-            tensors[f"model.layers.{layer}.{name}.weight"] = draw.normal(size=shape) / shape[1] ** 0.5
+            tensors[f"model.layers.{layer}.{name}.weight"] = normal(draw, shape, shape[1] ** -0.5)
     folder.mkdir()
-    save_file(
-        {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         shutil.copy(source / file, folder)
     return folder
+
+
+def normal(draw: np.random.Generator, shape: tuple[int, ...], scale: float = 1) -> np.ndarray:
+    """bf16, of this standard deviation."""
+    return (draw.standard_normal(shape, np.float32) * np.float32(scale)).astype(ml_dtypes.bfloat16)

@@ -30,9 +30,9 @@ def test_phases_tell_waiting_from_computing():
 
 
 def test_the_synthetic_model_is_one_that_gptq_takes(tmp_path, monkeypatch):
-    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
-    monkeypatch.setattr(synthetic, "SIZES", sizes)
-    reader = CheckpointReader(synthetic.synthetic_model(tmp_path / "model"))
+    sizes = {"intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    monkeypatch.setitem(synthetic.SIZES, 256, sizes)
+    reader = CheckpointReader(synthetic.synthetic_model(tmp_path / "model", 256, 4))
     items, _ = select(reader.tensors)
     shapes = {item.module: item.info.shape for item in items if item.module}
     assert len(shapes) == 28

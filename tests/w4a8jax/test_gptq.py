@@ -1,5 +1,6 @@
 """GPTQ against an independent implementation in float64, and against what it should beat."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_twin as twin
@@ -185,6 +186,17 @@ def test_damping_is_raised_until_it_works(monkeypatch):
     nothing = jnp.full_like(h, jnp.nan), False
     monkeypatch.setattr(gptq, "_upper", lambda h, order, d: real(h, order, d) if d > 0.5 else nothing)
     assert factorize(h).damping == pytest.approx(100 * plain.damping)
+
+
+def test_blocks_of_rows_do_not_matter(monkeypatch):
+    w, _, h = _layer(n=300)
+    factor = factorize(h)
+    expected = gptq_quantize_weight(w, factor).tensor
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [gptq._block_rows(n) for n in (1, 300, 4096, 14336, 73728)] == [256, 512, 4096, 16384, 16384]
+    found = gptq_quantize_weight(w, factor).tensor
+    np.testing.assert_array_equal(found.packed, expected.packed)
+    np.testing.assert_array_equal(found.scale, expected.scale)
 
 
 def test_falls_back_where_round_to_nearest_is_better(monkeypatch):

@@ -47,6 +47,7 @@ _EXACT_FACTORS = {"full": tuple(np.linspace(0.6, 1.0, 7)), "fast": (0.7, 0.8, 0.
 
 _ROWS = 1024  # of a block
 _FEW_ROWS = 256  # of a block of a weight of at most _ROWS rows: those of a small model then compile once for each K
+_MOST_ROWS = 16384  # of a block on a GPU, where a column takes as long for many rows as for few
 _SUB = 16  # columns that are corrected one by one, before the group's others are by a matrix product
 _RETRIES = 4  # each with ten times the damping
 
@@ -180,7 +181,7 @@ def gptq_quantize_weight(
     start = rtn.quantize_weight(w, numerics=numerics, code_min=code_min, importance=_importance(w, factor), name=name)
     n = w.shape[0]
     packed, scale = np.empty_like(start.packed), np.empty_like(start.scale)
-    rows = _ROWS if n > _ROWS else _FEW_ROWS
+    rows = _block_rows(n)
     sums = np.zeros(5)
     for begin in range(0, n, rows):
         part = slice(begin, min(begin + rows, n))
@@ -201,6 +202,13 @@ def gptq_quantize_weight(
     nibbles = np.bincount(packed.view(np.uint8).reshape(-1), minlength=256).reshape(16, 16)
     relative = (plain / total) ** 0.5 if total else 0.0
     return GptqResult(QuantizedTensor(packed, scale, relative, nibbles.sum(0) + nibbles.sum(1)), error, rtn_error)
+
+
+def _block_rows(n: int) -> int:
+    """How many of N rows are solved at a time."""
+    if jax.default_backend() == "cpu":
+        return _ROWS if n > _ROWS else _FEW_ROWS
+    return min(_MOST_ROWS, max(_FEW_ROWS, 1 << (n - 1).bit_length()))
 
 
 def _importance(w: Any, factor: Factor) -> Float[Array, "K"]:

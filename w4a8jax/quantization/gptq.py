@@ -47,7 +47,7 @@ _EXACT_FACTORS = {"full": tuple(np.linspace(0.6, 1.0, 7)), "fast": (0.7, 0.8, 0.
 
 _ROWS = 1024  # of a block
 _FEW_ROWS = 256  # of a block of a weight of at most _ROWS rows: those of a small model then compile once for each K
-_MOST_ROWS = 16384  # of a block on a GPU, where a column takes as long for many rows as for few
+_MOST_ROWS = 16384  # of a block on a GPU, where every column is launches of kernels
 _SUB = 16  # columns that are corrected one by one, before the group's others are by a matrix product
 _RETRIES = 4  # each with ten times the damping
 

@@ -147,7 +147,7 @@ def dense_gemm(
     blocks = config.row_blocks * config.warpgroups
     n_tiles, m_tiles = n // config.tile_rows // config.cluster, pl.cdiv(m, config.tile_tokens)
     at_once = config.steps_at_once
-    slots = at_once // config.slot_steps
+    slots_at_once = at_once // config.slot_steps
     schedule = Schedule(
         n_tiles * m_tiles,
         k // TILE_COLUMNS // at_once,
@@ -202,7 +202,7 @@ def dense_gemm(
                 scales = row_scales(channel_scale_gmem, first_block, my_blocks)
                 results = pipeline.products(my_blocks, low, high, done)
                 staging.await_token_scales()
-                done += (high - low) * slots
+                done += (high - low) * slots_at_once
                 if not schedule.splits:
                     epilogue(first_block, first_token, scales, results)
                     return done
@@ -244,7 +244,7 @@ def dense_gemm(
 
             def segment(index: Any, done: Any) -> Any:
                 tile, *steps = schedule.segment(cta, index)
-                low, high = (step * slots for step in steps)
+                low, high = (step * slots_at_once for step in steps)
                 first_block, first_token = coordinates(tile)
                 rows = pl.ds(first_block, blocks)
 

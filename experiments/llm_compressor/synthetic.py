@@ -25,8 +25,8 @@ def synthetic_model(folder: Path, hidden: int, layers: int) -> Path:
     source = w4a8jax.reference_model("dense")
     config = json.loads((source / "config.json").read_text())
     config |= {"hidden_size": hidden, "num_hidden_layers": layers} | SIZES[hidden]
-    if "layer_types" in config:
-        config["layer_types"] = [config["layer_types"][i % len(config["layer_types"])] for i in range(layers)]
+    kinds = config["layer_types"]
+    config["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
     mlp, head = config["intermediate_size"], config["head_dim"]
     heads, kv_heads = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     shapes = {

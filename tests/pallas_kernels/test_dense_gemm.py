@@ -129,6 +129,14 @@ def test_configs_that_do_not_fit_are_refused(config: TuningConfig, message: str)
         dense_gemm(jnp.zeros((16, 256), jnp.float8_e4m3fn), jnp.ones((16, 1)), f, config)
 
 
+@pytest.mark.parametrize("config", [TuningConfig(16, 1, 2), TuningConfig(16, slot_steps=2)])
+def test_pairs_of_steps_need_pairs_and_lut(config: TuningConfig) -> None:
+    config.check(256, 512, "sign_magnitude")
+    for k, form in ((384, "sign_magnitude"), (512, "subnormal")):
+        with pytest.raises(W4A8Error, match="for K a multiple of 256"):
+            config.check(256, k, form)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not on_hopper(), reason="no Hopper GPU")
 @pytest.mark.parametrize("code_min", [-7, -8])

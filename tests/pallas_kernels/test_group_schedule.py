@@ -89,7 +89,7 @@ def test_the_heuristics_configurations_fit(form: str) -> None:
     for n, k in ((128, 128), (384, 256), (1536, 2048), (28672, 4096)):
         for groups in (1, 8, 128, 1023):
             tokens = []
-            for m in (1, 8, 64, 512, 4096, 2**17):
+            for m in (1, 8, 64, 512, 4096, 2**14, 2**17):
                 config = tuning.heuristic_grouped(m, groups, n, k, form)
                 check(config, groups, n, k, form)
                 tokens.append(config.tile_tokens)

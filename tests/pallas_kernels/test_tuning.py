@@ -307,7 +307,9 @@ def test_candidates_vary_what_the_kernel_has() -> None:
     found = tuning.candidates(4096, N, K, FORM)
     assert {c.stream_k for c in found} == {False, True}
     assert {c.cluster for c in found} == {1, 2}
-    assert {c.cluster for c in tuning.candidates(8, N, K, FORM)} == {1}
+    few = tuning.candidates(8, N, K, FORM)
+    assert {c.cluster for c in few} == {1}
+    assert {c.slot_steps for c in few} == {1, 2}
 
 
 @pytest.mark.parametrize("form", [FORM, "two_tables", "subnormal", "subnormal_8", "bf16"])

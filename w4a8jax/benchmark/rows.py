@@ -11,7 +11,7 @@ from . import timing
 
 # Kernels are timed in turns, every other turn backwards, so that each has the others' heat, and not always the same
 # one's; more turns where launches above so many operations, some hundred microseconds, heat the card until its clock
-# falls. It stays low for a while: with one turn, a short product after long ones was measured 1.25 times slower.
+# falls. A shorter one that had a single turn was once measured 1.25 times slower than in another run.
 TURNS = 3
 HOT, HOT_TURNS = 4e11, 6
 # A launch above so many operations takes milliseconds: fewer launches are steady enough.

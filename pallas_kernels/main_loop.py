@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Registers of a thread in compute and memory warpgroups, by the number of compute warpgroups. One has all it can use.
 _REGISTERS = {2: (232, 40), 3: (160, 32)}
+# Tiles of more tokens have their tables a K step earlier.
+_EARLY_TABLES = 128
 # Their codes do not hold the groups' scales, which multiply sums in fp32.
 SUMS_BY_GROUP = ("subnormal", "subnormal_8")
 # Names of `scratch_types` that are `Pipeline`'s; the last two only where words need tables.
@@ -104,10 +106,12 @@ class Pipeline:
         """Slots between a copy and the making of its tables: so many are in flight.
 
         With stages - 1, what frees a slot would wait for that slot; with fewer, tables are ready some time before
-        they are needed.
+        they are needed. Of large tiles, whose K steps take longer than copies, one fewer is in flight: tables would
+        else be made when compute warpgroups wait for them already.
         """
         stages = self.config.stages
-        return min(stages - 2, stages - min(4, (stages + 1) // 2))
+        lag = min(stages - 2, stages - min(4, (stages + 1) // 2))
+        return max(1, lag - 1) if self.config.tile_tokens > _EARLY_TABLES else lag
 
     def _following(self, slot: Any) -> Any:
         stages = self.config.stages

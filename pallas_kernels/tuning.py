@@ -155,7 +155,8 @@ def _heuristic_many(m: int, n: int, k: int) -> TuningConfig:
         options += [(TuningConfig(192, 1, 2, 4), 0.93), (TuningConfig(256, 1, 2, 4), 1.0)]
     _, config = min((_share(config, m, n, k, 1.5e9 * rate) for config, rate in options), key=lambda x: x[0])
     # Where tokens are read again and again from the cache, two blocks share them.
-    together = config.row_blocks == 1 and config.stream_k and min(n, k) >= 12288 and n % 256 == 0
+    often = m >= 4096 or (config.stream_k and min(n, k) >= 12288)
+    together = config.tile_tokens == 256 and often and n % 256 == 0
     return dataclasses.replace(config, cluster=2) if together else config
 
 

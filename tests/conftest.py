@@ -10,3 +10,7 @@ os.environ.setdefault("NPROC", "16")
 # cache has no limit: with one, JAX would look at all files again for each that it adds.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache/compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# On a CPU, unoptimized programs, which take half as long to compile, and are run once or twice. XLA reads this once.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"

@@ -398,7 +398,8 @@ def test_divided_among_devices(kind, axes, request, tmp_path):
     pair = request.getfixturevalue(kind)
     file = tmp_path / "data.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in _records()))
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(
         [sys.executable, "-c", _SHARDED, *pair, str(file), str(tmp_path / "out"), axes], capture_output=True, text=True,
         env=environment, check=False,

@@ -11,6 +11,6 @@ os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache/compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-# On a CPU, unoptimized programs, which take half as long to compile, and are run once or twice. XLA reads this once.
+# On a CPU, unoptimized programs: they take less time to compile, and are run once or twice. XLA reads this once.
 if not Path("/dev/nvidiactl").exists():
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"

@@ -165,10 +165,12 @@ def test_fp8_inputs(checkpoint):
     x8, scale = quantize_activations(x)
     value = np.asarray(x8.astype(jnp.float32) * scale, np.float64)
     found = _collect(checkpoint, [sample], fp8=True, taps=TAPS[:1])["attention.qkv"]
-    unquantized = np.asarray(x, np.float64)
-    expected, plain = value.T @ value, unquantized.T @ unquantized
-    # Another compilation of the norm may round one of the values, at a tie, to the other FP8 code: 0.04.
-    assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(plain - expected)
+    # Another compilation of the norm may round a value at a tie to the other code: channels with one are left out.
+    below, above = ((x / scale * (1 + d)).astype(jnp.float8_e4m3fn) for d in (-1e-6, 1e-6))
+    clear = np.asarray(jnp.all(below == above, axis=0))
+    assert clear.sum() > 0.97 * clear.size
+    found, value = found[clear][:, clear], value[:, clear]
+    np.testing.assert_allclose(found, value.T @ value, rtol=1e-4, atol=1e-3)
 
 
 def test_layers_compile_once(checkpoint):

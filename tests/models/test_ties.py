@@ -24,9 +24,18 @@ def test_a_tie(logits: tuple[np.ndarray, np.ndarray, list[np.ndarray]]) -> None:
     assert_tie(*logits, 3, 5)
 
 
-def test_tokens_that_are_not_the_best_two(logits: tuple[np.ndarray, np.ndarray, list[np.ndarray]]) -> None:
-    with pytest.raises(AssertionError):
-        assert_tie(*logits, 3, 7)
+def test_a_tie_of_three(logits: tuple[np.ndarray, np.ndarray, list[np.ndarray]]) -> None:
+    kernel, reference, perturbed = logits
+    change = 10.005 - reference[7]
+    for values in (kernel, reference, *perturbed):
+        values[7] += change
+    assert_tie(kernel, reference, perturbed, 3, 5)
+
+
+def test_a_token_that_is_not_among_the_best(logits: tuple[np.ndarray, np.ndarray, list[np.ndarray]]) -> None:
+    for pair in ((3, 7), (7, 3), (7, 5)):
+        with pytest.raises(AssertionError):
+            assert_tie(*logits, *pair)
 
 
 def test_tokens_too_far_apart(logits: tuple[np.ndarray, np.ndarray, list[np.ndarray]]) -> None:

@@ -62,15 +62,16 @@ def _logits(model: Any, ids: list[int]) -> np.ndarray:
 def assert_tie(kernel: np.ndarray, reference: np.ndarray, perturbed: list[np.ndarray], a: int, b: int) -> None:
     """Logits [V] after which the kernel took token a, and the reference b, tie.
 
-    a and b are the reference's best two; the distance between them is one that changes by as much under the
-    perturbation; and the kernel is no farther from the reference than twice what perturbed references are.
+    Each of them is the reference's best, or is behind it by no more than that distance changes under the perturbation
+    (a third token may be in between); and the kernel is no farther from the reference than twice what perturbed
+    references are.
     """
-    spread = max(np.abs(p - reference).max() for p in perturbed)
-    moved = max(abs((p[a] - p[b]) - (reference[a] - reference[b])) for p in perturbed)
-    gap, difference = abs(reference[a] - reference[b]), np.abs(kernel - reference).max()
-    print(
-        f"{a} and {b} are {gap:.4f} apart, which moves by {moved:.4f}; kernel off {difference:.4f}, spread {spread:.4f}"
-    )
-    assert set(np.argsort(reference)[-2:].tolist()) == {a, b}
-    assert gap <= moved
+    best = int(np.argmax(reference))
+    spread, difference = max(np.abs(p - reference).max() for p in perturbed), np.abs(kernel - reference).max()
+    print(f"kernel off {difference:.4f}, perturbed references {spread:.4f}")
+    for token in {a, b} - {best}:
+        behind = reference[best] - reference[token]
+        moved = max(abs((p[best] - p[token]) - behind) for p in perturbed)
+        print(f"{token} is {behind:.4f} behind {best}, which moves by {moved:.4f}")
+        assert behind <= moved
     assert difference <= 2 * spread

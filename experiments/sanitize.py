@@ -29,6 +29,7 @@ DENSE: list[tuple[int, int, Numerics, TuningConfig]] = [
     (136, -7, "lut", TuningConfig(64, 2, 2, 4, cluster=2)),
 ]
 GROUPS = [[3, 0, 21, 0, 40], [0, 0, 1, 0, 0], [100, 0, 60, 8, 33]]
+GROUPED = [TuningConfig(16, 2, 2, 4), TuningConfig(16, 1, 2, 4, slot_steps=2, stream_k=True)]
 
 
 def operands(
@@ -55,8 +56,9 @@ def main() -> None:
         )
     for sizes in GROUPS:
         x8, token_scale, w = operands(-(-sum(sizes) // 8) * 8, (len(sizes), 256, 512), -7, "lut")
-        out = grouped_gemm(x8, token_scale, w, jnp.asarray(sizes, jnp.int32), TuningConfig(16, 2, 2, 4))
-        print(f"grouped, {sizes}: {jax.block_until_ready(out).shape}", flush=True)
+        for config in GROUPED:
+            product = grouped_gemm(x8, token_scale, w, jnp.asarray(sizes, jnp.int32), config)
+            print(f"grouped, {sizes}, {config}: {jax.block_until_ready(product).shape}", flush=True)
 
 
 if __name__ == "__main__":

@@ -102,12 +102,13 @@ class GroupSchedule:
         return count * self.n_tiles
 
 
-def look_up(first: Any, stride: Any, rows: Any, before: Any, places: Any, at: Any, schedule: GroupSchedule) -> None:
-    """Finds tiles `first`, `first + stride`, ..., `LOOKED_UP` of them, one a thread; those past the last repeat it.
+def look_up(
+    tile_of: Callable[[Any], Any], rows: Any, before: Any, places: Any, at: Any, schedule: GroupSchedule
+) -> None:
+    """Finds the tiles with numbers `tile_of(0)`, `tile_of(1)`, ..., `LOOKED_UP` of them, one a thread.
 
     Args:
-        first: int32.
-        stride: int32.
+        tile_of: takes and returns int32 of any shape; what is no tile's number counts as the nearest that is.
         rows: as `scan` makes it.
         before: as `scan` makes it.
         places: int32 [4, PLACES], in shared memory: group, tile of its weight's rows, first token, and how far its own
@@ -120,7 +121,7 @@ def look_up(first: Any, stride: Any, rows: Any, before: Any, places: Any, at: An
     @pl.when(tiles > 0)
     def _() -> None:
         number = jnp.minimum(plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=_THREADS), LOOKED_UP - 1)
-        tile = jnp.minimum(first + number * stride, tiles - 1)
+        tile = jnp.clip(tile_of(number), 0, tiles - 1)
         group, n_tile, token, low, high = schedule.tile(tile, rows, before, take)
         keep((group, n_tile, token, (low - token) * 2**16 + (high - token)), places, at)
 

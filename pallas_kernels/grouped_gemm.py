@@ -17,7 +17,7 @@ Tiles begin at multiples of 8 tokens, groups anywhere (`group_schedule`). A tile
 copies by TMA; another one in 32s and eights of tokens, but for eights that it shares with another group, of which its
 own rows are stored by threads. So no row is written twice, nothing is padded in memory, and a group without tokens
 costs nothing. Of a large tile, as many 64s of tokens are computed as hold its own. Tiles are dealt out to blocks in
-turn.
+turn; of small ones, blocks may share those that do not fill the grid, as in the dense kernel (`stream_k`).
 """
 
 import functools
@@ -32,24 +32,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int32
 
 from .dense_gemm import TuningConfig
+from .device_sums import add_partials, signal, store_partial, wait
 from .errors import W4A8Error
 from .fragments import TILE_COLUMNS, TILE_ROWS, FragmentWeight
 from .group_schedule import ALIGNMENT, LOOKED_UP, PLACES, GroupSchedule, look_up, scan, total
 from .main_loop import Pipeline, Staging, cluster_rank, row_scales, scratch_types, set_registers
 from .register_dequantize import F8
 from .row_stores import store_rows
-from .schedule import strip_tokens
+from .schedule import DeviceSchedule, strip_tokens
 
 # Bytes of shared memory beside the dense kernel's, for the tables of up to 1023 groups.
 MOST_GROUPS = 1023
+MOST_SHARED = 64  # tokens of a tile that blocks share
 # With fewer tiles a block, halves of tiles come last. Weights are then read once more for them.
 _WAVES = 16
 
 
 def check(config: TuningConfig, groups: int, n: int, k: int, form: str) -> None:
     """Raises W4A8Error if the config cannot take a weight [groups, N, K] in a form."""
-    if config.stream_k:
-        raise W4A8Error(f"grouped kernel: tiles are not shared; found {config}")
+    if config.stream_k and (config.tile_tokens > MOST_SHARED or config.lead):
+        raise W4A8Error(f"grouped kernel: of tiles of up to {MOST_SHARED} tokens even shares only; found {config}")
     if not 1 <= groups <= MOST_GROUPS:
         raise W4A8Error(f"grouped kernel: 1 to {MOST_GROUPS} groups, found {groups}")
     table = -(-4 * GroupSchedule(groups, 1, 8).table_size // 1024) * 1024  # as shared memory is given out
@@ -70,7 +72,7 @@ def grouped_gemm(
         token_scale: fp32 [M, 1]; None for weights in form "bf16".
         w: [E, N, K]; N must be a multiple of the config's `tile_rows * cluster`.
         group_sizes: int32 [E].
-        config: how to divide the work, without `stream_k`.
+        config: how to divide the work; without `lead`, and `stream_k` for tiles of up to 64 tokens only.
 
     Raises:
         W4A8Error: shapes, dtypes or the config do not fit.
@@ -97,8 +99,10 @@ def grouped_gemm(
     few = m * n_tiles < _WAVES * grid * config.tile_tokens
     strip = strip_tokens(k * x.dtype.itemsize)
     schedule = GroupSchedule(groups, n_tiles, config.tile_tokens, large and few, strip)
-    k_steps = k // TILE_COLUMNS
-    slots = k_steps // config.slot_steps
+    steps = k // TILE_COLUMNS // config.steps_at_once
+    slots_at_once = config.steps_at_once // config.slot_steps
+    # Partial sums of several blocks are loaded at a time, where registers allow.
+    unroll = max(1, min(4, 64 // (config.tile_tokens * config.row_blocks // 2)))
     zeros = next(c for c in (1024, 512, 256, 128) if n % c == 0)  # columns at a time
 
     def by_size(tokens: Any, do: Callable[[int], None], sizes: Sequence[int] = sizes) -> None:
@@ -117,7 +121,9 @@ def grouped_gemm(
         channel_scale_gmem: Any,
         token_scale_gmem: Any,
         sizes_gmem: Any,
+        flags: Any,
         out_gmem: Any,
+        partials: Any,
         rows_smem: Any,
         before_smem: Any,
         sums_smem: Any,
@@ -138,8 +144,19 @@ def grouped_gemm(
             """0, but not for the compiler, which holds the address of a barrier with a known index, and spills it."""
             return lax.axis_index("warpgroup") >> 8
 
-        def my_tiles() -> Any:
+        def work() -> DeviceSchedule:
+            return DeviceSchedule(schedule.tiles(before_smem), steps, grid)
+
+        def my_segments() -> Any:
+            if config.stream_k:
+                return work().segments(cta())
             return lax.div(schedule.tiles(before_smem) + (grid - 1) - cta(), grid)
+
+        def my_steps(index: Any) -> tuple[Any, Any]:
+            return work().steps(cta(), index) if config.stream_k else (0, steps)
+
+        def tile_of(index: Any) -> Any:
+            return work().tile(cta(), index) if config.stream_k else cta() + index * grid
 
         def my_tile(index: Any) -> tuple[Any, ...]:
             """Of all experts' row blocks the first, of its expert's, its first token, and its own rows: low to high."""
@@ -168,12 +185,48 @@ def grouped_gemm(
                 scales = row_scales(channel_scale_gmem, expert_block, my_blocks)
 
                 def tile(count: int) -> None:
-                    results = pipeline.products(my_blocks, 0, k_steps // config.steps_at_once, done, count)
+                    results = pipeline.products(my_blocks, *my_steps(index), done, count)
                     staging.await_token_scales()
-                    store(index, scales, results)
+                    if config.stream_k:
+                        add_up(index, scales, results)
+                    else:
+                        store(index, scales, results)
 
                 by_size(high - first_token, tile)
-                return done + slots
+                first, end = my_steps(index)
+                return done + (end - first) * slots_at_once
+
+            def add_up(index: Any, scales: Any, results: Any) -> None:
+                """Stores a tile when all of its sums are there, or this block's partial sums for its owner."""
+                low, high = my_steps(index)
+
+                def flag(block: Any) -> Any:
+                    return flags.at[(block * config.cluster + rank()) * config.warpgroups + warpgroup]
+
+                @pl.when(high < steps)
+                def contribute() -> None:
+                    for b, result in enumerate(results):
+                        store_partial(result, partials.at[cta() * config.cluster + rank(), warpgroup, b])
+                    signal(flag(work().owner(tile_of(index))))
+
+                @pl.when(high == steps)
+                def finish() -> None:
+                    first = work().first_peer(tile_of(index))
+                    peers = jnp.where(low > 0, cta() - first, 0)
+                    pl.when(low > 0)(lambda: wait(flag(cta()), peers))
+
+                    def add(i: Any, sums: Any) -> Any:
+                        numbers = [i * unroll + u for u in range(unroll)]
+                        there = [(number < peers).astype(jnp.float32) for number in numbers]
+                        slots = [
+                            (first + jnp.minimum(number, peers - 1)) * config.cluster + rank() for number in numbers
+                        ]
+                        return tuple(
+                            add_partials(s, [partials.at[slot, warpgroup, b] for slot in slots], there)
+                            for b, s in enumerate(sums)
+                        )
+
+                    store(index, scales, lax.fori_loop(0, (peers + unroll - 1) // unroll, add, tuple(results)))
 
             def store(index: Any, scales: Any, results: Any) -> None:
                 # Read again, which is cheaper than to hold it in registers meanwhile.
@@ -217,7 +270,7 @@ def grouped_gemm(
 
                 staging.store(my_blocks, scales, results, copy)
 
-            lax.fori_loop(0, my_tiles(), compute, 0)
+            lax.fori_loop(0, my_segments(), compute, 0)
 
             me = (cta() * config.cluster + rank()) * config.warpgroups + warpgroup
 
@@ -237,8 +290,9 @@ def grouped_gemm(
             scan(sizes_gmem, rows_smem, before_smem, sums_smem, schedule, m)
 
             def find(index: Any) -> None:
-                first, at = cta() + index * grid, lax.rem(index, PLACES)
-                look_up(first, grid, rows_smem, before_smem, places_smem, at, schedule)
+                look_up(
+                    lambda i: tile_of(index + i), rows_smem, before_smem, places_smem, lax.rem(index, PLACES), schedule
+                )
                 plgpu.barrier_arrive(found.at[found_at(index)])
 
             find(unknown_zero())
@@ -248,21 +302,27 @@ def grouped_gemm(
                 expert_block, _, first_token, _, high = my_tile(index)
                 rows = pl.ds(expert_block, blocks)
 
+                first, end = (step * slots_at_once for step in my_steps(index))
+
                 def some(count: int) -> None:
-                    @pl.loop(0, slots)
+                    @pl.loop(first, end)
                     def step(i: Array) -> None:
                         x_rows = x_gmem.at[pl.ds(first_token, count)]
-                        pipeline.fill(done + i, i, words_gmem.at[rows], scales_gmem.at[rows], x_rows)
+                        pipeline.fill(done + i - first, i, words_gmem.at[rows], scales_gmem.at[rows], x_rows)
 
                 by_size(high - first_token, some)
-                return done + slots
+                return done + end - first
 
-            pipeline.finish(lax.fori_loop(0, my_tiles(), load, 0))
+            pipeline.finish(lax.fori_loop(0, my_segments(), load, 0))
 
     cluster: dict[str, Any] = {"cluster": (config.cluster,), "cluster_names": ("rank",)} if config.cluster > 1 else {}
+    partial = (config.warpgroups, config.row_blocks, TILE_ROWS * config.tile_tokens)
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((m, n), jnp.bfloat16),
+        out_type=(
+            jax.ShapeDtypeStruct((m, n), jnp.bfloat16),
+            jax.ShapeDtypeStruct((config.ctas if config.stream_k else 1, *partial), jnp.float32),
+        ),
         grid=(grid,),
         grid_names=("cta",),
         num_threads=config.warpgroups + 1,
@@ -280,4 +340,5 @@ def grouped_gemm(
     )
     per_token = None if token_scale is None else token_scale[:, 0]
     words, scales = (v.reshape(-1, *v.shape[2:]) for v in (w.words, w.scales))
-    return kernel(words, scales, x, w.channel_scale.reshape(-1), per_token, group_sizes)
+    out, _ = kernel(words, scales, x, w.channel_scale.reshape(-1), per_token, group_sizes, w.flags)
+    return out

@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 # Of the tokens that tiles which follow each other share, so that they stay in the cache.
 _STRIP_BYTES = 2**24
@@ -138,3 +139,73 @@ class Schedule:
 
     def _block_of(self, step: Any) -> Any:
         return ((step + 1) * self.helpers - 1) // (self.tail * self.shared_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceSchedule:
+    """The work of a grid of which only the device knows how many tiles there are: `Schedule` with even shares.
+
+    What is worked out is int32, as long as the K steps of two waves times the blocks fit it.
+
+    Attributes:
+        tiles: tiles of the output, traced.
+        k_steps: steps of a tile.
+        blocks: blocks of the grid (clusters, if there are such).
+    """
+
+    tiles: Any
+    k_steps: int
+    blocks: int
+
+    @property
+    def waves(self) -> Any:
+        """Full waves of whole tiles."""
+        full = lax.div(self.tiles, self.blocks)
+        return jnp.where(full * self.blocks == self.tiles, full, jnp.maximum(full - 1, 0))
+
+    @property
+    def _steps(self) -> Any:
+        """Of all tiles of the tail."""
+        return (self.tiles - self.waves * self.blocks) * self.k_steps
+
+    @property
+    def _sharers(self) -> Any:
+        """Blocks that have steps of the tail, the first of the grid."""
+        return jnp.minimum(self._steps, self.blocks)
+
+    def _share(self, block: Any) -> Any:
+        return lax.div(jnp.minimum(block, self._sharers) * self._steps, jnp.maximum(self._sharers, 1))
+
+    def _last(self, block: Any) -> Any:
+        """The last tile of the tail of which a block has steps, counted from the first of the tail."""
+        return lax.div(self._share(block + 1) - 1, self.k_steps)
+
+    def segments(self, block: Any) -> Any:
+        """How many (tile, K steps) a block has."""
+        start, end = self._share(block), self._share(block + 1)
+        shared = self._last(block) - lax.div(start, self.k_steps) + 1
+        return self.waves + jnp.where(end > start, shared, 0)
+
+    def tile(self, block: Any, index: Any) -> Any:
+        """Tile of a block's segment; index may be of several, and beyond the last."""
+        tail = self.waves * self.blocks + self._last(block) - (index - self.waves)
+        return jnp.where(index < self.waves, block + index * self.blocks, tail)
+
+    def steps(self, block: Any, index: Any) -> tuple[Any, Any]:
+        """First K step and end of the K steps of a block's segment."""
+        first = (self._last(block) - (index - self.waves)) * self.k_steps
+        low = jnp.maximum(self._share(block) - first, 0)
+        high = jnp.minimum(self._share(block + 1) - first, self.k_steps)
+        whole = index < self.waves
+        return jnp.where(whole, 0, low), jnp.where(whole, self.k_steps, high)
+
+    def first_peer(self, tile: Any) -> Any:
+        """The block with the first K step of a tile of the tail."""
+        return self._block_of((tile - self.waves * self.blocks) * self.k_steps)
+
+    def owner(self, tile: Any) -> Any:
+        """The block with the last K step of a tile of the tail."""
+        return self._block_of((tile - self.waves * self.blocks + 1) * self.k_steps - 1)
+
+    def _block_of(self, step: Any) -> Any:
+        return lax.div((step + 1) * self._sharers - 1, jnp.maximum(self._steps, 1))

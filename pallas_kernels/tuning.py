@@ -184,8 +184,8 @@ def heuristic_grouped(m: int, experts: int, n: int, k: int, form: str) -> Tuning
         return TuningConfig(256, 1, 2, 4, cluster=2)
     tokens = min(most, next(t for most_rows, t in _GROUPED_TOKENS if rows < most_rows))
     # Where so few experts are met that their tiles, of 256 rows, are fewer than blocks, tiles of 128.
-    met = experts * (1 - (1 - 1 / experts) ** m)
-    if rows <= 1 and wide and k % 256 == 0 and most == 128 and not bf16 and met * (n // 256) < TuningConfig.ctas:
+    few = _met(m, experts) * (n // 256) < TuningConfig.ctas
+    if rows <= 1 and wide and k % 256 == 0 and most == 128 and not bf16 and few:
         return TuningConfig(8, 1, 2, 4, slot_steps=2)
     if wide and not bf16:
         return _wide(tokens, k, form)
@@ -199,7 +199,7 @@ def candidates_grouped(m: int, experts: int, n: int, k: int, form: str) -> list[
 
     Three sizes of tiles of tokens about what an expert gets of evenly spread rows; each with 128 and with 256 rows of
     weights, with the deepest pipeline that fits, a power of two where it has few tokens, whose slots hold two K steps
-    then if K allows.
+    then if K allows. Blocks share small tiles, or not, where there are few waves of them.
     """
     most = {"subnormal": 64, "subnormal_8": 32}.get(form, 256)
     sizes = [t for t in (8, 16, 32, 64, 128, 192, 256) if t <= most]
@@ -223,6 +223,10 @@ def candidates_grouped(m: int, experts: int, n: int, k: int, form: str) -> list[
                 stages = power if tokens <= 64 and power > 3 else depths[-1].stages
                 config = dataclasses.replace(base, stages=stages)
                 found[config] = None
+                waves = _met(m, experts) * (n // config.tile_rows) / config.ctas
+                shared = dataclasses.replace(config, stream_k=True)
+                if waves < _FEW_WAVES and warpgroups > 1 and not tuning_tables.misfit(shared, n, k, form, experts):
+                    found[shared] = None
                 # Where tokens are read again and again from the cache, two blocks may share them.
                 pair = dataclasses.replace(config, cluster=2)
                 if tokens >= 128 and not tuning_tables.misfit(pair, n, k, form, experts=experts):
@@ -230,6 +234,14 @@ def candidates_grouped(m: int, experts: int, n: int, k: int, form: str) -> list[
     return list(found)
 
 
+def _met(m: int, experts: int) -> float:
+    """Experts that M evenly spread rows meet, on average."""
+    return float(experts * (1 - (1 - 1 / experts) ** m))
+
+
+# Of the grouped kernel's small tiles, where blocks may share them: with more waves, those that do not fill the last one
+# take little of the time.
+_FEW_WAVES = 6
 # Tokens of a tile, for fewer rows an expert than this.
 _GROUPED_TOKENS = ((0.5, 8), (8, 16), (24, 32), (48, 64), (float("inf"), 128))
 

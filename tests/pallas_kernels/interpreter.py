@@ -51,6 +51,7 @@ def run(monkeypatch: pytest.MonkeyPatch, function: Callable[..., jax.Array], *ar
             patch.setattr(main_loop, stand_in.__name__, stand_in)
         for stand_in in (store_partial, add_partials, signal, wait):
             patch.setattr(dense_gemm, stand_in.__name__, stand_in)
+            patch.setattr(grouped_gemm, stand_in.__name__, stand_in)
         for stand_in in (scan, total, store_rows, cluster_rank):
             patch.setattr(grouped_gemm, stand_in.__name__, stand_in)
         for stand_in in (take, keep, total):

@@ -72,7 +72,8 @@ def test_tables_hold_a_total_past_the_last_group(groups: int) -> None:
 @pytest.mark.parametrize(
     ("config", "groups", "message"),
     [
-        (TuningConfig(16, stream_k=True), 8, "tiles are not shared"),
+        (TuningConfig(128, stream_k=True), 8, "up to 64 tokens even shares only"),
+        (TuningConfig(16, stream_k=True, lead=2), 8, "up to 64 tokens even shares only"),
         (TuningConfig(16, 2, 1), 1024, "1 to 1023 groups"),
         (TuningConfig(16, 2, 3), 8, "no multiple of 384 rows"),
         (TuningConfig(16, 2, 2, cluster=2), 8, "no multiple of 512 rows"),

@@ -28,6 +28,13 @@ CASES = [  # sizes of groups, M, N, K, code_min, numerics, config
     ([7, 0, 20], 32, 128, 256, -8, "exact", FEW),
     ([5, 0, 19, 0, 9], 40, 256, 512, -7, "lut", TuningConfig(16, 2, 1, 3, cluster=2, ctas=4)),
     ([40, 0, 30], 72, 512, 512, -8, "lut", TuningConfig(32, 1, 2, 4, cluster=2, ctas=4)),
+    # Shared tiles: fewer than blocks, more, of groups of several, and by pairs of blocks; more blocks than K steps.
+    ([0, 2, 0, 1], 8, 256, 512, -7, "lut", TuningConfig(8, 2, 1, 3, ctas=7, stream_k=True)),
+    ([3, 13, 12], 32, 256, 768, -7, "lut", TuningConfig(8, 1, 2, 3, ctas=5, slot_steps=2, stream_k=True)),
+    ([5, 0, 19, 0, 9], 40, 256, 512, -8, "lut", TuningConfig(16, 2, 1, 3, cluster=2, ctas=6, stream_k=True)),
+    ([1, 0], 8, 128, 128, -7, "lut", TuningConfig(8, 2, 1, 3, ctas=3, stream_k=True)),
+    ([0, 0], 8, 128, 256, -7, "lut", TuningConfig(8, 2, 1, 3, ctas=3, stream_k=True)),
+    ([20, 3], 24, 128, 512, -7, "exact", TuningConfig(16, 2, 1, 3, ctas=2, stream_k=True)),
     ([150], 152, 128, 256, -7, "lut", TuningConfig(144, 1, 2, 3, ctas=1)),  # the output in two pieces
     # Large tiles with groups inside an eight, across two, and with whole 32s.
     ([3, 2, 1, 47, 0, 1, 9, 1, 60], 128, 128, 128, -7, "lut", TuningConfig(64, 2, 1, 3, ctas=2)),

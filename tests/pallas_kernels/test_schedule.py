@@ -2,10 +2,11 @@
 
 from itertools import pairwise
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.schedule import Schedule
+from pallas_kernels.schedule import DeviceSchedule, Schedule
 
 CASES = [
     Schedule(1, 1, 132, True),
@@ -68,6 +69,30 @@ def test_owners_do_more_than_others() -> None:
     assert {*shares[:84]} <= {33, 34}
     assert {*shares[84:]} == {37}
     assert sum(shares) == 48 * 96
+
+
+@pytest.mark.parametrize(
+    ("tiles", "k_steps", "blocks"),
+    [
+        (0, 3, 4), (1, 1, 132), (1, 3, 132), (64, 56, 132), (160, 56, 132), (224, 16, 132), (132, 5, 132),
+        (263, 7, 132), (1128, 8, 132), *np.random.default_rng(1).integers(1, (300, 30, 70), (20, 3)).tolist(),
+    ],
+)  # fmt: skip
+def test_the_device_finds_the_same(tiles: int, k_steps: int, blocks: int) -> None:
+    """As `Schedule` has it, and nothing where there are no tiles."""
+    found, expected = DeviceSchedule(jnp.int32(tiles), k_steps, blocks), Schedule(tiles, k_steps, blocks, True)
+    all_blocks, index = jnp.arange(blocks)[:, None], jnp.arange(tiles + 1)
+    counts = np.asarray(found.segments(all_blocks))[:, 0]
+    numbers = [found.tile(all_blocks, index), *found.steps(all_blocks, index)]
+    segments = np.stack([np.broadcast_to(v, (blocks, tiles + 1)) for v in numbers], -1)
+    for block in range(blocks):
+        works = tiles > 0 and block < expected.grid
+        right = [[int(v) for v in segment] for segment in (_segments(expected, block) if works else [])]
+        assert segments[block, : counts[block]].tolist() == right
+    tail = jnp.arange(tiles - expected.tail if tiles else 0, tiles)
+    if expected.splits and tiles:
+        peers = np.stack([found.first_peer(tail), found.owner(tail)], -1)
+        assert peers.tolist() == [[int(v) for v in expected.peers(int(tile))] for tile in tail]
 
 
 def _segments(schedule: Schedule, block: int) -> list[tuple[int, int, int]]:

@@ -1,6 +1,8 @@
 """The MLP of a mixture of experts: routing, the experts' matrix products on tokens sorted by expert, their sum."""
 
+import functools
 import math
+import operator
 from typing import Any, Literal
 
 import jax
@@ -44,11 +46,12 @@ def route(
         raise W4A8Error(f"selection: expected softmax or sigmoid, found {selection!r}")
     logits = logits.astype(jnp.float32)
     chosen, experts = jax.lax.top_k(logits, top_k)
-    if selection == "sigmoid":
-        weights = jax.nn.sigmoid(chosen)
-        return (weights / jnp.sum(weights, axis=-1, keepdims=True) if normalize else weights), experts
-    total = jax.nn.logsumexp(chosen if normalize else logits, axis=-1, keepdims=True)
-    return jnp.exp(chosen - total), experts
+    if selection == "softmax" and not normalize:
+        return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)), experts
+    weights = jax.nn.sigmoid(chosen) if selection == "sigmoid" else jnp.exp(chosen - chosen[..., :1])
+    # One by one, which XLA computes along with what needs the weights; a sum over an axis is a kernel of its own.
+    total = functools.reduce(operator.add, [weights[..., k, None] for k in range(top_k)])
+    return (weights / total if normalize else weights), experts
 
 
 def router_logits(x: Float[Array, "... D"], router: Float[Array, "E D"]) -> Float[Array, "... E"]:

@@ -13,6 +13,7 @@ import pytest
 from pallas_kernels import (
     W4A8Error,
     W4Weight,
+    expert_rows,
     moe_mlp,
     route,
     w4a8_matmul,
@@ -158,6 +159,20 @@ def test_w4a16_ragged_rows(sizes: list[int]):
     each = jax.lax.map(lambda w: w4a16_matmul(x, w, out_dtype=jnp.float32), gate_up)
     np.testing.assert_allclose(found[: len(owner)], each[owner, np.arange(len(owner))], rtol=1e-5, atol=1e-5)
     assert not np.any(found[len(owner) :])
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (5, 3, 4), (0, 2, 8), (64, 8, 128), (300, 2, 7)])
+def test_rows_are_sorted_by_expert(tokens: int, top_k: int, experts: int, monkeypatch: pytest.MonkeyPatch):
+    """However many there are, those of one expert in their order."""
+    rng = np.random.default_rng(tokens)
+    chosen = np.array([rng.permutation(experts)[:top_k] for _ in range(tokens)], np.int32).reshape(tokens, top_k)
+    expected = np.argsort(chosen.reshape(-1), kind="stable")
+    for few in (0, 1024):
+        monkeypatch.setattr(expert_rows, "_FEW", few)
+        order, place, sizes = expert_rows.sort_by_expert(jnp.asarray(chosen), experts)
+        np.testing.assert_array_equal(order, expected)
+        np.testing.assert_array_equal(np.asarray(place).reshape(-1)[expected], np.arange(chosen.size))
+        np.testing.assert_array_equal(sizes, np.bincount(chosen.reshape(-1), minlength=experts))
 
 
 def test_weights_of_the_chosen_experts():

@@ -8,6 +8,7 @@ With a gate, values are those between the two products of an MLP, `silu(gate) * 
 a token goes to several rows, those of its experts, and no gather is needed.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -78,6 +79,8 @@ def quantize_gated(gate_up: Float[Array, "M 2F"], rows: int) -> tuple[Float[Arra
     return _quantize(gate_up, rows, None, gated=True)
 
 
+# Under jit, so that XLA sees that two kernels are the same, and runs one: two layers may read the same tokens.
+@functools.partial(jax.jit, static_argnames=("rows", "gated"))
 def _quantize(x: Array, rows: int, place: Array | None, *, gated: bool) -> tuple[Array, Array]:
     m, k = x.shape[0], x.shape[1] // (2 if gated else 1)
     short = x.dtype.itemsize == 2

@@ -92,6 +92,20 @@ def w4a8_matmul(
     return round_to(_w4a8(x, w), out_dtype)
 
 
+def w4a8_gated_matmul(
+    gate_up: Float[Array, "... 2K"], w: W4Weight | FragmentWeight, *, out_dtype: Any = jnp.bfloat16
+) -> Float[Array, "... N"]:
+    """`w4a8_matmul(gated(gate_up), w)`, the second product of an MLP; before a kernel, one pass gates and quantizes.
+
+    Arguments, result and errors are those of `w4a8_matmul`, but for `gate_up` [..., 2K], gate's columns before up's.
+    """
+    one_pass = isinstance(w, FragmentWeight) and w.partition is None and gate_up.dtype in (jnp.bfloat16, jnp.float16)
+    if not (one_pass and tuning.hopper()):
+        return w4a8_matmul(gated(gate_up), w, out_dtype=out_dtype)
+    _check(gate_up[..., : gate_up.shape[-1] // 2], w, 2, "w4a8")
+    return _gated_kernel(gate_up, w).astype(out_dtype)
+
+
 def w4a16_matmul(
     x: Float[Array, "... K"], w: W4Weight | FragmentWeight, *, out_dtype: Any = jnp.bfloat16
 ) -> Float[Array, "... N"]:
@@ -177,19 +191,35 @@ def _kernel(x: Array, w: FragmentWeight) -> Array:
     return _product(x, w) if w.partition is None else divided.product(_product, x, w)
 
 
+@jax.custom_vjp
+def _gated_kernel(gate_up: Array, w: FragmentWeight) -> Array:
+    *lead, width = gate_up.shape
+    m = math.prod(lead)
+    operands = quantize_gated(gate_up.reshape(m, width), _rows(m))
+    return _dense(*operands, w, m).reshape(*lead, w.shape[0])
+
+
 def _product(x: Array, w: FragmentWeight, axis_name: str | None = None) -> Array:
     """bf16 [..., N] of x [..., K] on this device; `axis_name` as for `quantize_activations`."""
     *lead, k = x.shape
     m = math.prod(lead)
-    x = x.reshape(m, k)
-    rows = m if m <= 8 else -(-m // 8) * 8  # the copy engine's tiles are of 8 tokens
+    x, rows = x.reshape(m, k), _rows(m)
     if w.scheme == "w4a8":
         x, token_scale = _quantized(x, rows, axis_name=axis_name)
     else:
         x, token_scale = jnp.pad(round_to(x, jnp.bfloat16), ((0, rows - m), (0, 0))), None
+    return _dense(x, token_scale, w, m).reshape(*lead, w.shape[0])
+
+
+def _rows(m: int) -> int:
+    """Of the dense kernel's operands for M tokens: the copy engine's tiles are of 8."""
+    return m if m <= 8 else -(-m // 8) * 8
+
+
+def _dense(x: Array, token_scale: Array | None, w: FragmentWeight, m: int) -> Array:
+    """The first m rows of a product."""
     n, k = w.shape
-    out = _dense_gemm(x, token_scale, w, tuning.choose(m, n, k, w.form))
-    return out[:m].reshape(*lead, n)
+    return _dense_gemm(x, token_scale, w, tuning.choose(m, n, k, w.form))[:m]
 
 
 def _quantized(x: Array, rows: int, place: Array | None = None, axis_name: str | None = None) -> tuple[Array, Array]:
@@ -215,6 +245,7 @@ def _kernel_forward(x: Array, w: FragmentWeight) -> tuple[Array, None]:
 
 
 _kernel.defvjp(_kernel_forward, lambda saved, g: (g, saved))
+_gated_kernel.defvjp(_kernel_forward, lambda saved, g: (g, saved))
 
 
 @jax.custom_vjp
@@ -273,7 +304,7 @@ def _grouped(x: Array, token_scale: Array | None, w: FragmentWeight, group_sizes
 
 
 def gated(gate_up: Float[Array, "... 2F"]) -> Float[Array, "... F"]:
-    """`silu(gate) * up` of the columns of gate and those of up, each rounded to their dtype."""
+    """`silu(gate) * up` of the columns of gate and those of up, each rounded to their dtype, as in vLLM's kernel."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
     silu = round_to(jax.nn.silu(gate.astype(jnp.float32)), gate.dtype)
     return round_to(silu.astype(jnp.float32) * up.astype(jnp.float32), gate.dtype)

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels import FragmentWeight, W4Weight, w4a8_matmul, w4a16_matmul
+from pallas_kernels.ops import gated, w4a8_gated_matmul
 from pallas_kernels.straight_through import MasterWeight, straight_through_matmul
 
 LARGE = 2**22  # weights of a layer; smaller ones are fast rather than frugal
@@ -42,4 +43,14 @@ class Linear(nnx.Module):
             y = straight_through_matmul(x, weight, out_dtype=x.dtype)
         else:
             y = x @ weight.astype(x.dtype).T
-        return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+        return self._biased(y)
+
+    def of_gated(self, gate_up: Float[Array, "... 2K"]) -> Float[Array, "... N"]:
+        """Of `gated(gate_up)`, which a kernel computes along with its FP8 values."""
+        weight: Any = self.weight.get_value()
+        if not (isinstance(weight, FragmentWeight) and self.scheme == "w4a8"):
+            return self(gated(gate_up))
+        return self._biased(w4a8_gated_matmul(gate_up, weight, out_dtype=gate_up.dtype))
+
+    def _biased(self, y: Float[Array, "... N"]) -> Float[Array, "... N"]:
+        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)

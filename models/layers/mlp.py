@@ -2,9 +2,10 @@
 
 from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
+
+from pallas_kernels.ops import gated
 
 from .linear import Linear
 
@@ -18,6 +19,9 @@ class MLP(nnx.Module):
         self.down = Linear(intermediate, hidden, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        pieces = self.gate_up(x).reshape(*x.shape[:-1], self.shards, 2, -1)
-        gate, up = (pieces[..., i, :].reshape(*x.shape[:-1], -1) for i in range(2))
-        return self.down(jax.nn.silu(gate) * up)
+        """silu(gate) is rounded to x's dtype, and its product with up again."""
+        gate_up = self.gate_up(x)
+        if self.shards == 1:
+            return self.down.of_gated(gate_up)
+        pieces = gate_up.reshape(*x.shape[:-1], self.shards, -1)
+        return self.down(gated(pieces).reshape(*x.shape[:-1], -1))

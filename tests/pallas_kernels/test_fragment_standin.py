@@ -8,6 +8,7 @@ from random_weights import random_checkpoint, weight_of
 
 from pallas_kernels import FragmentWeight, w4a8_matmul, w4a8_ragged_matmul
 from pallas_kernels.fragments import Scheme
+from pallas_kernels.ops import w4a8_gated_matmul
 from pallas_kernels.rounding import round_to
 from pallas_kernels.weight_format import Numerics
 
@@ -29,11 +30,13 @@ def test_products_are_those_of_the_reference() -> None:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((9, 256)), jnp.bfloat16)
     w, experts = (weight_of(*random_checkpoint(2, *shape)) for shape in ((128, 256), (3, 128, 256)))
     sizes = jnp.asarray([2, 0, 5], jnp.int32)
-    expected = w4a8_matmul(x, w), w4a8_ragged_matmul(x, experts, sizes)
+    gate_up = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 512)), jnp.bfloat16)
+    expected = w4a8_matmul(x, w), w4a8_ragged_matmul(x, experts, sizes), w4a8_gated_matmul(gate_up, w)
     with fragment_standin.kernels():
         found = (
             w4a8_matmul(x, FragmentWeight.from_weight(w)),
             w4a8_ragged_matmul(x, FragmentWeight.from_weight(experts), sizes),
+            w4a8_gated_matmul(gate_up, FragmentWeight.from_weight(w)),
         )
     for ours, theirs in zip(found, expected, strict=True):
         # Sums in another order may be rounded to the neighbour in bf16.

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels import FragmentWeight, W4Weight, w4a8_matmul, w4a16_matmul
-from pallas_kernels.ops import gated, w4a8_gated_matmul
+from pallas_kernels.ops import w4a8_gated_matmul
 from pallas_kernels.straight_through import MasterWeight, straight_through_matmul
 
 LARGE = 2**22  # weights of a layer; smaller ones are fast rather than frugal
@@ -45,11 +45,14 @@ class Linear(nnx.Module):
             y = x @ weight.astype(x.dtype).T
         return self._biased(y)
 
+    @property
+    def gates(self) -> bool:
+        """Whether `of_gated` computes in fewer passes."""
+        return isinstance(self.weight.get_value(), FragmentWeight) and self.scheme == "w4a8"
+
     def of_gated(self, gate_up: Float[Array, "... 2K"]) -> Float[Array, "... N"]:
-        """Of `gated(gate_up)`, which a kernel computes along with its FP8 values."""
+        """Of `gated(gate_up)`, for W4A8."""
         weight: Any = self.weight.get_value()
-        if not (isinstance(weight, FragmentWeight) and self.scheme == "w4a8"):
-            return self(gated(gate_up))
         return self._biased(w4a8_gated_matmul(gate_up, weight, out_dtype=gate_up.dtype))
 
     def _biased(self, y: Float[Array, "... N"]) -> Float[Array, "... N"]:

@@ -97,4 +97,7 @@ def test_logits_of_real_text(reference: Path, model: w4a8jax.LanguageModel):
     forward = jax.jit(lambda leaves, tokens: structure.merge(leaves)(tokens)[0])
     found = np.asarray(forward(leaves, jnp.asarray([tokens])))[0]
     assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
-    np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
+    # The same greatest logits, but where two are some units in the last place apart.
+    behind = expected.max(-1) - expected[np.arange(len(found)), found.argmax(-1)]
+    assert np.all(behind <= 1e-6 * np.abs(expected).max(-1))
+    assert np.mean(behind > 0) < 0.01

@@ -152,6 +152,36 @@ class TestProcesses:
             if "failed" not in row:
                 assert (row["us"] == 7) == (row["model"] == "command-a-plus")
 
+    def test_what_failed_beside_others_is_measured_alone(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Once, and not what is refused, or wrong, which would be so again."""
+        errors = {4: "JaxRuntimeError: out of memory", 16: "W4A8Error: wrong: relative error 1"}
+        words: list[list[str]] = []
+
+        def process(command: list[str], progress: Callable[[str], None]) -> list[str]:
+            words.append(command)
+            given = dict(zip(command[3::2], command[4::2], strict=True))
+            part = MoeRecord.read(command[-1])
+            for tokens in map(int, given["--tokens"].split(",")):
+                row = {**dict(zip(MoeRecord.KEY, (given["--model"], given["--product"], tokens), strict=False))}
+                row |= {"routing": "zipf", "kernel": "grouped lut -7", "bytes": 1.0, "flops": 1.0}
+                alone = len(words) > 4
+                part.add(row | ({"failed": errors[tokens]} if tokens in errors and not alone else {"us": 7.0}))
+            part.write(command[-1])
+            return []
+
+        monkeypatch.setattr(parts, "_run", process)
+        monkeypatch.setattr(gemm, "require_hopper", lambda command: None)
+        record = MoeRecord(gemm.describe_run("x") | {"copy_TB_s": 4.0}, [])
+        record.write(tmp_path / "r.json")
+        given = ["--model", "qwen", "--model", "mixtral", "--product", "down", "--product", "mlp", "--tokens", "1,4,16"]
+        given += ["--routing", "zipf", "--kernel", "lut -7", "--processes", 4, "--resume", "--out", tmp_path / "r.json"]
+        result = cli("bench", "moe", *given)
+        assert result.exit_code == 0, result.output
+        assert [command[command.index("--tokens") + 1] for command in words] == ["1,4,16"] * 4 + ["4"] * 4
+        rows = MoeRecord.read(tmp_path / "r.json").rows
+        assert {row["tokens"] for row in rows if "failed" in row} == {16}
+        assert len(rows) == 12
+
     def test_tuning_divides_tables(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         config = TuningConfig(16)
 

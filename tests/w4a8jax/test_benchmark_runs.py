@@ -1,12 +1,14 @@
 """The benchmark's runs, without a GPU: rows, processes, and the choice of configurations."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,13 @@ def test_our_kernels_run_what_is_chosen() -> None:
     assert [x.form(256, 256) for x in every] == forms
     first = every[0]
     assert first.config(16, 256, 256) == dataclasses.asdict(tuning.choose(16, 256, 256, "sign_magnitude"))
+
+
+def test_each_kernel_has_the_others_heat() -> None:
+    order = [kernel for turn in range(rows.HOT_TURNS) for kernel in rows.in_turn("abc", turn)]
+    follows = Counter(itertools.pairwise(order))
+    assert Counter(order) == {kernel: rows.HOT_TURNS for kernel in "abc"}
+    assert all(follows[pair] >= 2 for pair in itertools.permutations("abc", 2))
 
 
 class TestParts:

@@ -9,9 +9,9 @@ from typing import Any
 
 from . import timing
 
-# Kernels are timed in turns, every other turn backwards, so that each has the others' heat, and not always the same
-# one's; more turns where launches above so many operations, some hundred microseconds, heat the card until its clock
-# falls. A shorter one that had a single turn was once measured 1.25 times slower than in another run.
+# Kernels are timed in turns, so that each has the others' heat, each of them its part: see `in_turn`. More turns where
+# launches above so many operations, some hundred microseconds, heat the card until its clock falls. A shorter one that
+# had a single turn was once measured 1.25 times slower than in another run.
 TURNS = 3
 HOT, HOT_TURNS = 4e11, 6
 # A launch above so many operations takes milliseconds: fewer launches are steady enough.
@@ -66,7 +66,7 @@ def fill(
         rows: one for each kernel.
         attempts: for each, what compiles it, beside other processes, and what checks the compiled function, alone.
         time: adds a timing to what was checked.
-        turns: how often each is timed, all of them in turn, and backwards in every other turn.
+        turns: how often each is timed, all of them in turn.
     """
     checked: list[Checked | None] = []
     for row, (compiled, check) in zip(rows, attempts, strict=True):
@@ -79,7 +79,7 @@ def fill(
             checked.append(None)
     with timing.exclusive():
         for turn in range(turns):
-            for row, found in list(zip(rows, checked, strict=True))[:: -1 if turn % 2 else 1]:
+            for row, found in in_turn(list(zip(rows, checked, strict=True)), turn):
                 if found is None or "failed" in row:
                     continue
                 try:
@@ -89,6 +89,17 @@ def fill(
     for row, found in zip(rows, checked, strict=True):
         if found is not None and "failed" not in row:
             row.update(found.result())
+
+
+def in_turn[T](kernels: Sequence[T], turn: int) -> list[T]:
+    """The order of kernels in a turn: every other one backwards, every second one begun with the next kernel.
+
+    Of three kernels in six turns, each follows each other one two or three times, and itself once. Were the first one
+    always the same, it would never follow the last one, and have only the second one's heat and its own.
+    """
+    first = turn // 2 % max(1, len(kernels))
+    order = [*kernels[first:], *kernels[:first]]
+    return order[::-1] if turn % 2 else order
 
 
 def turns(flops: float) -> int:

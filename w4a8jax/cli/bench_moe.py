@@ -108,14 +108,24 @@ def moe(
     if (count := processes or _default(len(groups))) > 1:
         words = ["bench", "moe", "--resume", *([] if vllm is None else ["--vllm", vllm])]
         words += [word for name, values in options[2:] for value in values or [] for word in (name, value)]
-        jobs = []
-        for name, product_name, some in _divide(work, count):
+        names = {kernel.name for kernel in chosen}
 
-            def mine(row: dict[str, Any], of: Any = (name, product_name), some: Any = some) -> bool:
-                return (row["model"], row["product"]) == of and row["tokens"] in some
+        def run(points: list[Any], at_a_time: int) -> None:
+            jobs = []
+            for name, product_name, some in _divide(points, at_a_time):
 
-            jobs.append((record.only(mine), [*words, *_of(name, product_name, some)]))
-        parts.run_jobs(record, jobs, count, save=save, progress=say)
+                def mine(row: dict[str, Any], of: Any = (name, product_name), some: Any = some) -> bool:
+                    return (row["model"], row["product"]) == of and row["tokens"] in some
+
+                jobs.append((record.only(mine), [*words, *_of(name, product_name, some)]))
+            parts.run_jobs(record, jobs, at_a_time, save=save, progress=say)
+
+        run(work, count)
+        # Beside other processes, there may have been too little memory, for a kernel or for CUPTI.
+        wanting = {record.key_of(row)[:-1] for row in record.rows if row["kernel"] in names and _may_do_alone(row)}
+        if again := [point for point in work if benchmark.key_of(point) in wanting]:
+            typer.echo(f"failed beside other processes, measured again alone: kernels at {len(again)} points")
+            run(again, 1)
     else:
         benchmark.run(record, chosen, work, save=save, progress=say)
     _show(record, plot)
@@ -210,12 +220,17 @@ def parse_routings(routings: list[str] | None) -> list[Any]:
 
 def _divide(work: list[Any], processes: int) -> list[tuple[str, str, list[int]]]:
     """Parts of the work, a model and product with some of the tokens each: as `parts.split` has it for shapes."""
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, str], dict[int, None]] = {}
     for point in work:
-        groups.setdefault((point.model.name, point.product), []).append(point.tokens)
-    tokens = list(dict.fromkeys(next(iter(groups.values()))))
-    each = min(len(tokens), max(1, processes // len(groups)))
-    return [(*group, tokens[i::each]) for i in range(each) for group in groups]
+        groups.setdefault((point.model.name, point.product), {})[point.tokens] = None
+    each = max(1, processes // len(groups))
+    divided = [(*group, list(tokens)[i::each]) for i in range(each) for group, tokens in groups.items()]
+    return [part for part in divided if part[2]]
+
+
+def _may_do_alone(row: dict[str, Any]) -> bool:
+    """Whether a row failed, and not by a refusal or a wrong result, which would be the same again."""
+    return "failed" in row and "W4A8Error" not in row["failed"]
 
 
 def _of(model: str, product: str, tokens: list[int]) -> list[str]:

@@ -12,6 +12,7 @@ A configuration is chosen for a product of M tokens with a weight [N, K] whose w
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -175,8 +176,8 @@ def heuristic_grouped(m: int, experts: int, n: int, k: int, form: str) -> Tuning
 
     Tiles begin at multiples of 8, groups anywhere: tiles have room for 7 rows more, so that a small group has one tile,
     and its weights are read once. From measurements of "lut" numerics on H100s, the largest tiles, which waste most at
-    the ends of groups, are for a thousand rows an expert and more. Those of "exact" numerics and of W4A16 were not
-    tuned; for W4A16 the largest do not fit.
+    the ends of groups, are for a thousand rows an expert and more. Blocks share tiles where there are few, as measured
+    on an H200. Those of "exact" numerics and of W4A16 were not tuned; for W4A16 the largest do not fit.
     """
     most = {"subnormal": 64, "subnormal_8": 32}.get(form, 128)
     rows, wide, bf16 = m / experts, n % 256 == 0, form == "bf16"
@@ -185,13 +186,29 @@ def heuristic_grouped(m: int, experts: int, n: int, k: int, form: str) -> Tuning
     tokens = min(most, next(t for most_rows, t in _GROUPED_TOKENS if rows < most_rows))
     # Where so few experts are met that their tiles, of 256 rows, are fewer than blocks, tiles of 128.
     few = _met(m, experts) * (n // 256) < TuningConfig.ctas
-    if rows <= 1 and wide and k % 256 == 0 and most == 128 and not bf16 and few:
-        return TuningConfig(8, 1, 2, 4, slot_steps=2)
+    if rows <= 1 and wide and k % 256 == 0 and most == 128 and not bf16:
+        if _pays_to_share(m, experts, n, k):
+            return dataclasses.replace(_wide(8, k, form), stream_k=True)
+        if few:
+            return TuningConfig(8, 1, 2, 4, slot_steps=2)
     if wide and not bf16:
         return _wide(tokens, k, form)
     # Tokens in bf16 take twice the shared memory.
     stages = {8: 8, 16: 8, 32: 7, 64: 4, 128: 3} if wide else {8: 16, 16: 16, 32: 8, 64: 8, 128: 4}
     return TuningConfig(tokens, 2, 2 if wide else 1, stages[tokens])
+
+
+def _pays_to_share(m: int, experts: int, n: int, k: int) -> bool:
+    """Whether blocks should share tiles where each expert that is met has one: whether, with tiles of 128 rows and of
+    256, more than a quarter of the grid would be idle, for more than the 2.5 us that sharing costs.
+
+    On an H200 little was gained, or nothing, where the grid is fuller.
+    """
+    met, ctas = _met(m, experts), TuningConfig.ctas
+    waves = [met * (n // rows) / ctas for rows in (128, 256)]
+    filled = max(w / math.ceil(w) for w in waves)
+    busy = met * n * k / 2 / 4e6  # microseconds, by an H200's memory
+    return filled < 0.75 and busy / filled - busy > 2.5
 
 
 def candidates_grouped(m: int, experts: int, n: int, k: int, form: str) -> list[TuningConfig]:

@@ -160,21 +160,29 @@ class TestOnGpu:
             with tuning.force_config(TuningConfig(*sizes, cluster=cluster)):
                 assert not wrong(product, (x, f, groups.astype(np.int32)), expected), (m, groups)
 
-    @pytest.mark.parametrize("tile", [(8, 1, 2, 4), (16, 2, 2, 4), (32, 2, 2, 4)])
-    def test_shared_tiles(self, tile: tuple[int, ...]) -> None:
+    @pytest.mark.parametrize(
+        ("scheme", "config"),
+        [
+            ("w4a8", TuningConfig(8, 1, 2, 4, slot_steps=2, stream_k=True)),
+            ("w4a8", TuningConfig(16, 2, 2, 4, slot_steps=2, stream_k=True)),
+            ("w4a8", TuningConfig(32, 2, 2, 4, slot_steps=2, stream_k=True)),
+            ("w4a16", TuningConfig(8, 2, 2, 8, stream_k=True)),
+        ],
+    )
+    def test_shared_tiles(self, scheme: Scheme, config: TuningConfig) -> None:
         """Fewer tiles than blocks, about as many, and several waves; counters end at zero."""
-        rng, (experts, n, k) = np.random.default_rng(tile[0]), (8, 2048, 3584)
-        product = jax.jit(w4a8_ragged_matmul)
+        rng, (experts, n, k) = np.random.default_rng(config.tile_tokens), (8, 2048, 3584)
+        product = jax.jit(RAGGED[scheme])
         with jax.default_device(jax.devices("cpu")[0]):
-            w = weight_of(*random_checkpoint(0, experts, n, k))
-            f = jax.device_get(jax.jit(FragmentWeight.from_weight)(w))
+            w = weight_of(*random_checkpoint(0, experts, n, k), numerics="lut" if scheme == "w4a8" else "exact")
+            f = jax.device_get(jax.jit(FragmentWeight.from_weight, static_argnums=1)(w, scheme))
         for m, kind in ((1, 0), (2, 2), (8, 0), (40, 1), (200, 0), (200, 2)):
             x = rng.standard_normal((m, k)).astype(jnp.bfloat16)
             groups = random_sizes(rng, experts, m, kind)
             with jax.default_device(jax.devices("cpu")[0]):
-                expected = expected_of(*quantize_activations(x), w, list(groups))
+                expected = expected_of(*((x, None) if scheme == "w4a16" else quantize_activations(x)), w, list(groups))
             on_device = jax.device_put(f)
-            with tuning.force_config(TuningConfig(*tile, slot_steps=2, stream_k=True)):
+            with tuning.force_config(config):
                 assert not wrong(product, (x, on_device, groups.astype(np.int32)), expected), (m, groups)
             assert not np.any(np.asarray(on_device.flags))
 

@@ -28,10 +28,13 @@ INPUTS = (36864, 12288, 4096, 2048, 768)
 # Rows of the grouped kernel, and [E, N, K] of its weights.
 ROWS = (8, 64, 512, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
 # Of the grouped kernel's tiles that blocks share.
-SHARED = [
-    TuningConfig(tokens, blocks, 2, 4, stream_k=True, slot_steps=2) for tokens, blocks in ((8, 1), (8, 2), (32, 2))
-]
-EXPERTS = ((8, 28672, 4096), (128, 1536, 2048), (128, 2048, 768), (256, 384, 4096))
+SHARED = {
+    "sign_magnitude": [
+        TuningConfig(tokens, blocks, 2, 4, stream_k=True, slot_steps=2) for tokens, blocks in ((8, 1), (8, 2), (32, 2))
+    ],
+    "bf16": [TuningConfig(8, 2, 2, 8, stream_k=True)],
+}
+EXPERTS = ((8, 28672, 4096), (8, 4096, 14336), (128, 1536, 2048), (128, 2048, 768), (256, 384, 4096))
 # With fewer K steps, the compiler may unroll them all, and there is no main loop to audit.
 LEAST_INPUTS = 4096
 
@@ -119,7 +122,7 @@ def _grouped_cases() -> list[Case]:
             config = tuning.heuristic_grouped(m, experts, n, k, form)
             case = Case(scheme, numerics, code_min, config, m, n, max(k, LEAST_INPUTS), experts)
             found.setdefault((form, config), case)
-        for config in SHARED if (scheme, numerics) == ("w4a8", "lut") else ():
+        for config in SHARED.get(form, ()):
             found[form, config] = Case(scheme, numerics, code_min, config, 64, 4096, 14336, 8)
         for entry in _entries(form):
             if entry.experts:

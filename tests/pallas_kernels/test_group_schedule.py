@@ -85,6 +85,13 @@ def test_configs_that_do_not_fit_are_refused(config: TuningConfig, groups: int, 
         check(config, groups, 256, 256, "sign_magnitude")
 
 
+@pytest.mark.parametrize(("m", "shape", "shared"), [(2, (8, 4096, 14336), True), (8, (128, 1536, 2048), False)])
+def test_tiles_are_shared_where_most_blocks_would_be_idle(m: int, shape: tuple[int, int, int], shared: bool) -> None:
+    """Mixtral's `down` with one token; not Qwen3's `gate_up`, too short, though it leaves as many idle."""
+    assert tuning.heuristic_grouped(m, *shape, "sign_magnitude").stream_k == shared
+    assert not tuning.heuristic_grouped(m, *shape, "bf16").stream_k
+
+
 @pytest.mark.parametrize("form", ["sign_magnitude", "two_tables", "subnormal", "subnormal_8", "bf16"])
 def test_the_heuristics_configurations_fit(form: str) -> None:
     for n, k in ((128, 128), (384, 256), (1536, 2048), (28672, 4096)):

@@ -162,8 +162,8 @@ class TestProcesses:
             given = dict(zip(command[3::2], command[4::2], strict=True))
             part = MoeRecord.read(command[-1])
             for tokens in map(int, given["--tokens"].split(",")):
-                row = {**dict(zip(MoeRecord.KEY, (given["--model"], given["--product"], tokens), strict=False))}
-                row |= {"routing": "zipf", "kernel": "grouped lut -7", "bytes": 1.0, "flops": 1.0}
+                row = {"model": given["--model"], "product": given["--product"], "tokens": tokens, "routing": "zipf"}
+                row |= {"kernel": "grouped lut -7", "bytes": 1.0, "flops": 1.0}
                 alone = len(words) > 4
                 part.add(row | ({"failed": errors[tokens]} if tokens in errors and not alone else {"us": 7.0}))
             part.write(command[-1])
